@@ -1,0 +1,779 @@
+"""Data: an endless made-up spoken corpus, and a reader for recorded corpora.
+
+The made-up corpus is English text from a small grammar, spoken by a formant synthesiser in many voices, under
+three conditions: `clean`, `hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on:
+echo, babble, long stretches without speech, voices out of the training range). It needs no download and no
+disk: `utterance(split, index)` makes item `index` whenever asked, the same one every time.
+
+    python data.py --listen DIR           write some utterances of each condition as wav, print a table
+    python data.py --check PATH           print what a recorded corpus (manifest or LibriSpeech tree) holds
+
+Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
+Letters in shape comments: n samples, T frames of 5 ms, K frequency bins, S segments (pieces of phones).
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+
+SAMPLE_RATE = 16000                          # Hz, everywhere in this repository
+HOP = 80                                     # samples per synthesis frame: 5 ms
+FFT = 6 * HOP                                # a frame of 2 hops plus 20 ms for the resonances to ring out
+MAX_SECONDS = 8.0                            # longer utterances are drawn again
+SPLITS = {"train": 80, "dev": 10, "test": 10}                      # % of all sentences; no sentence is in two
+VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no voice is in two of these pools
+HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
+CLEAN_SNR = (20.0, 40.0)                     # dB, against the samples where somebody speaks
+HARD_SNR = (-6.0, 8.0)                       # dB; the knob for how hard `hard` is
+OOD_SNR = (0.0, 10.0)                        # dB
+VIEW_SNR = (3.0, 25.0)                       # dB of the noise that recorded training speech is heard in
+HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
+OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
+OOD_RT60 = (0.3, 0.8)                        # s for the echo to fall by 60 dB
+EDGE = (0.05, 0.25)                          # s of silence before the first and after the last word
+# Shares of commands, digit, letter, name and random strings, by `hard`.
+KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
+
+# ---------------------------------------------------------------------------------------------------- text
+# word and phones (ARPAbet without stress, AX for the reduced vowel); the groups feed the grammar below.
+LEXICON_TEXT = {
+    "digits": """zero Z IH R OW;one W AH N;two T UW;three TH R IY;four F AO R;five F AY V;six S IH K S
+        seven S EH V AX N;eight EY T;nine N AY N""",
+    "numbers": """ten T EH N;thirteen TH ER T IY N;thirty TH ER T IY;fourteen F AO R T IY N;forty F AO R T IY
+        fifteen F IH F T IY N;fifty F IH F T IY""",
+    "letters": """a EY;b B IY;c S IY;d D IY;e IY;f EH F;k K EY;m EH M;n EH N;s EH S;t T IY;x EH K S""",
+    "names": """ann AE N;dan D AE N;jan JH AE N;anna AE N AX;maria M AX R IY AX;mario M AA R IY OW
+        mary M EH R IY;harry HH EH R IY;ben B EH N;ken K EH N;bill B IH L;will W IH L;tim T IH M;jim JH IH M
+        tom T AA M""",
+    "words": """turn T ER N;on AA N;off AO F;the DH AX;in IH N;for F AO R;at AE T;and AE N D;is IH Z
+        light L AY T;lights L AY T S;night N AY T;fan F AE N;lamp L AE M P;heater HH IY T ER
+        radio R EY D IY OW;kitchen K IH CH AX N;bedroom B EH D R UW M;garage G AX R AA ZH;office AO F AX S
+        play P L EY;stop S T AA P;start S T AA R T;set S EH T;alarm AX L AA R M;timer T AY M ER
+        minutes M IH N AX T S;hours AW ER Z;call K AO L;text T EH K S T;open OW P AX N;close K L OW Z
+        door D AO R;window W IH N D OW;gate G EY T;what W AH T;weather W EH DH ER;today T AX D EY
+        tomorrow T AX M AA R OW;next N EH K S T;song S AO NG;music M Y UW Z IH K;volume V AA L Y UW M;up AH P
+        down D AW N;cancel K AE N S AX L;send S EH N D;message M EH S AX JH;read R IY D;news N UW Z;red R EH D
+        green G R IY N;blue B L UW;black B L AE K;white W AY T;pin P IH N;pen P EH N;bat B AE T;cat K AE T
+        sheep SH IY P;ship SH IH P;boy B OY;look L UH K"""}
+ENTRIES = {g: [e.split() for e in t.replace("\n", ";").split(";")] for g, t in LEXICON_TEXT.items()}
+GROUPS = {g: [e[0] for e in entries] for g, entries in ENTRIES.items()}
+LEXICON = {e[0]: e[1:] for entries in ENTRIES.values() for e in entries}
+RANDOM_WORDS = [w for w in LEXICON if w not in {"for", "the"}]       # not what sounds like another (four) or is weak
+WEAK = set("the in for at and is".split())                         # spoken shorter, without a pitch accent
+COMMANDS = """turn SWITCH the DEVICE;turn SWITCH the DEVICE in the ROOM;set alarm for NUMBER
+    set timer for NUMBER UNIT;stop the timer;start timer for NUMBER UNIT;play THING;play the next song
+    play song NUMBER;turn the volume UPDOWN;volume NUMBER;call NAME;call NAME DAY;text NAME and NAME
+    read the message for NAME;send NAME the message;open the OPENING;close the OPENING in the ROOM
+    open the OPENING and close the OPENING;what is the weather DAY;read the news;look at the COLOUR OBJECT
+    cancel the alarm DAY;is the OPENING open;COLOUR OBJECT and COLOUR OBJECT;set the lights in the ROOM COLOUR"""
+COMMANDS = [c.strip() for c in COMMANDS.replace("\n", ";").split(";")]
+SLOTS = {k: v.split() for k, v in {
+    "SWITCH": "on off", "DEVICE": "light lights lamp fan heater radio alarm", "UNIT": "minutes hours",
+    "ROOM": "kitchen bedroom garage office", "THING": "music news song radio message", "UPDOWN": "up down",
+    "DAY": "today tomorrow", "OPENING": "door window gate garage", "OBJECT": "pin pen bat cat sheep ship light",
+    "COLOUR": "red green blue black white"}.items()} | {
+    "NAME": GROUPS["names"], "NUMBER": GROUPS["digits"][1:] + GROUPS["numbers"]}
+
+
+def sentence(rng, hard):
+    """A sentence of lower-case lexicon words without punctuation. `hard`: mostly strings nobody can guess."""
+    kind = rng.choice(5, p=KINDS[hard])
+    if kind == 0:
+        words = COMMANDS[rng.integers(len(COMMANDS))].split()
+        return " ".join(str(rng.choice(SLOTS[w])) if w in SLOTS else w for w in words)
+    group, least, most = [(GROUPS["digits"], 3, 5), (GROUPS["letters"], 2, 4), (GROUPS["names"], 2, 4),
+                          (RANDOM_WORDS, 2, 5)][kind - 1]
+    return " ".join(rng.choice(group, rng.integers(least, most + 1)))
+
+
+def split_of(text):
+    """The split a sentence belongs to, by a hash that no seed changes: the splits can share no sentence."""
+    bucket = zlib.crc32(text.encode()) % 100
+    for split, percent in SPLITS.items():
+        if bucket < percent:
+            return split
+        bucket -= percent
+
+
+def sentence_in(split, rng, hard):
+    """`sentence`, drawn again until it belongs to `split`."""
+    while split_of(text := sentence(rng, hard)) != split:
+        pass
+    return text
+
+
+# --------------------------------------------------------------------------------------------- synthesiser
+# Vowels: ms, F1-F3 at the start and at the end (Hz, a man's voice).
+VOWELS = """IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 1750 2570
+    EY 170 480 1780 2520 330 2120 2650;EH 115 540 1750 2500 600 1640 2500
+    AE 160 640 1700 2430 680 1580 2450;AA 160 720 1180 2550 720 1200 2550
+    AO 160 590 900 2550 610 960 2550;AH 110 630 1220 2550 620 1240 2550
+    AX 65 500 1420 2500 500 1420 2500;OW 170 540 1050 2350 420 820 2300
+    UH 100 450 1080 2350 470 1120 2350;UW 150 330 1150 2250 310 950 2200
+    ER 160 470 1270 1620 450 1300 1600;AY 210 700 1200 2550 380 2000 2600
+    AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500"""
+# Consonants: ms, F1-F3 to glide to, voice dB, breath dB, friction dB (against a vowel; 0 is none of it),
+# centre and width of the friction's band in Hz.
+CONSONANTS = """W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 320 1080 1420 -6 0 0 0 0
+    L 80 330 1050 2850 -6 0 0 0 0;M 110 300 1150 2150 -5 0 0 0 0;N 105 300 1600 2600 -5 0 0 0 0
+    NG 95 300 2000 2700 -5 0 0 0 0;HH 75 0 0 0 0 -17 0 0 0;F 95 340 1100 2080 0 0 -27 5000 5000
+    V 70 270 1100 2080 -9 0 -32 5000 5000;TH 95 320 1350 2540 0 0 -29 6500 3500
+    DH 50 290 1350 2540 -9 0 -34 6000 4000;S 120 320 1500 2600 0 0 -11 6300 1400
+    Z 90 260 1500 2600 -14 0 -16 6300 1400;SH 120 320 1850 2650 0 0 -10 3300 1100
+    ZH 90 270 1850 2650 -13 0 -15 3200 1100;P 75 300 950 2150 0 -22 -20 1200 2500
+    B 70 220 950 2150 -20 0 -22 1000 2500;T 65 300 1750 2700 0 -22 -10 5000 2200
+    D 60 220 1750 2700 -20 0 -15 4500 2200;K 70 300 1990 2500 0 -21 -12 2000 700
+    G 65 220 1990 2500 -20 0 -16 2000 700;CH 55 320 1850 2700 0 -30 -9 3400 1200
+    JH 50 240 1850 2700 -20 0 -13 3300 1200"""
+VOT = {"P": 45, "T": 50, "K": 60, "B": 4, "D": 8, "G": 15, "CH": 75, "JH": 50}   # ms from burst to voice
+VOWELS, CONSONANTS = ({e.split()[0]: np.array(e.split()[1:], float) for e in t.replace("\n", ";").split(";")}
+                      for t in (VOWELS, CONSONANTS))
+VELARS = {"K", "G", "NG"}
+NASALS = {"M": 1000.0, "N": 1600.0, "NG": 2800.0}                  # Hz of the dip the closed mouth makes
+Z = np.exp(-2j * np.pi * np.outer(np.arange(3), np.arange(FFT // 2 + 1)) / FFT).astype(np.complex64)  # (3, K): z**-k
+BINS = np.arange(FFT // 2 + 1, dtype=np.float32) * SAMPLE_RATE / FFT                 # (K,) Hz
+WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)           # windows one hop apart add up to 1
+
+
+def voice(rng, condition):
+    """Draw a speaker: f0 (Hz), range (of pitch, as a share of f0), tract (formants as a multiple of a man's),
+    rate (of speech), breath (share of noise in the voice), tilt (Hz above which the voice falls off).
+    The same rng state gives the same person under clean and hard, only quicker and odder under hard."""
+    f0, tract = [(rng.uniform(85, 145), rng.uniform(0.93, 1.08)),
+                 (rng.uniform(160, 250), rng.uniform(1.08, 1.22)),
+                 (rng.uniform(230, 310), rng.uniform(1.2, 1.32))][rng.choice(3, p=(0.48, 0.46, 0.06))]
+    v = dict(f0=f0, range=rng.uniform(0.08, 0.25), tract=tract, rate=rng.uniform(0.88, 1.12),
+             breath=rng.uniform(0.003, 0.03), tilt=rng.uniform(2500, 5000))
+    if condition == "hard":
+        v.update(rate=v["rate"] * rng.uniform(1.05, 1.45), range=v["range"] * rng.uniform(0.3, 2.0),
+                 breath=rng.uniform(0.02, 0.3), tilt=rng.uniform(900, 5000))
+    if condition == "ood":                   # each of the three lies outside what training voices have
+        low = rng.random() < 0.5
+        v.update(f0=rng.uniform(58, 78) if low else rng.uniform(325, 420), range=rng.uniform(0.3, 0.6),
+                 tract=rng.uniform(0.80, 0.90) if low else rng.uniform(1.36, 1.5),
+                 rate=rng.uniform(0.62, 0.76) if rng.random() < 0.5 else rng.uniform(1.65, 1.9))
+    return v
+
+
+def row(ms, formants, widths=(55, 80, 130), av=0.0, ah=0.0, af=0.0, centre=3000.0, width=2000.0, dip=0.0):
+    """A segment: ms, F1-F3, B1-B3, amplitudes of voice, breath and friction (0-1), the friction's band, the
+    frequency of a nasal's dip (0: not a nasal). # (12,)"""
+    return [ms, *formants, *widths, av, ah, af, centre, width, dip]
+
+
+def phone_rows(phones, i, stretch):
+    """The segments of phone i of a word: vowels glide, stops are a closure, a burst and a breath."""
+    p, before = phones[i], phones[i - 1] if i else ""
+    after = next((q for q in phones[i + 1:] if q in VOWELS), None)
+    if p in VOWELS:
+        ms, start, end = VOWELS[p][0] * stretch, VOWELS[p][1:4], VOWELS[p][4:7]
+        if phones[i + 1:i + 2] and phones[i + 1] in {"P", "T", "K", "CH", "F", "S", "TH"}:
+            ms *= 0.8                        # short before voiceless sounds: the main cue of bat against bad
+        return [row(ms / 5, start + (end - start) * g, av=a) for g, a in
+                ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
+    (ms, *_, centre, width), f, levels = CONSONANTS[p], CONSONANTS[p][1:4], CONSONANTS[p][4:7]
+    av, ah, af = np.where(levels < 0, 10 ** (levels / 20), 0.0)
+    near = VOWELS[after][1:4] if after else VOWELS[before][4:7] if before in VOWELS else VOWELS["AX"][1:4]
+    if p in VELARS:                          # the tongue meets the palate where the vowel wants it
+        f2 = 0.7 * near[1] + 500
+        f, centre = np.array([f[0], f2, max(f2 + 350, 2200)]), f2 + 100
+    if p == "HH":
+        return [row(ms, near, (200, 120, 200), ah=ah)]
+    if p in NASALS:
+        return [row(ms, f, (100, 200, 250), av, dip=NASALS[p])]
+    if p not in VOT:
+        soft = (70, 100, 160) if av > 0 and af == 0 else (90, 120, 200) if av > 0 else (200, 150, 250)
+        return [row(ms * (0.85 if i == 0 else 1), f, soft, av, ah, af, centre, width)]
+    closed = row(ms, f, (80, 200, 300), av)
+    if p in ("CH", "JH"):
+        return [closed, row(VOT[p], f, (150, 150, 250), av * 2, 0, af, centre, width)]
+    last = i == len(phones) - 1
+    breath = VOT[p] * (0.35 if before == "S" or (after is None and not last) else 0.7 if last else 1.0)
+    burst = row(12, f, (200, 150, 250), av, ah, af * (0.6 if last else 1.0), centre, width)
+    puff = row(breath, (f + near) / 2, (200, 150, 250), av, ah or 0.05, af * 0.1, centre, width)
+    return [closed, burst, puff]
+
+
+def faded(r, ms, part):
+    """A copy of segment r that lasts `ms`, its three amplitudes times `part`."""
+    return [ms, *r[1:7], *(part * a for a in r[7:10]), *r[10:]]
+
+
+def silence(rows, seconds):
+    """A pause: what was voiced before dies away first, since a voice cut off short sounds like a t or a p."""
+    fade = [faded(rows[-1], 55.0, 0.5), faded(rows[-1], 55.0, 0.15)] if rows and rows[-1][7] > 0.3 else []
+    return fade + [row(1000 * seconds, rows[-1][1:4] if rows else (500, 1500, 2500))]
+
+
+def timeline(text, v, rng, pauses):
+    """All segments of a sentence (S, 12) and the middles and sizes of its pitch accents [(s, share), ...]."""
+    words, rows, accents, now = text.split(), [], [], 0.0
+    for w, word in enumerate(words):
+        if word not in LEXICON:
+            raise ValueError(f"{word!r} is not in the lexicon")
+        phones = LEXICON[word]
+        if pauses[w] > 0:
+            rows += silence(rows, pauses[w])
+        first = next(i for i, p in enumerate(phones) if p in VOWELS)
+        for i, p in enumerate(phones):
+            stretch = rng.uniform(0.9, 1.1) * (0.75 if word in WEAK else 1.0 if i == first else 0.85)
+            final = i >= len(phones) - 2 and p in VOWELS
+            stretch *= (1.35 if w == len(words) - 1 else 1.1) if final and word not in WEAK else 1.0
+            new = phone_rows(phones, i, stretch)
+            if pauses[w] > 0 and i == 0 and (new[0][7] > 0.3 or new[0][9] > 0):
+                new = [faded(new[0], 18.0, 0.15), faded(new[0], 18.0, 0.5)] + new
+            for r in new:
+                r[0] /= v["rate"]
+            if i == first and word not in WEAK:
+                accents.append((sum(r[0] for r in rows) / 1000 + 0.05, rng.uniform(0.2, 1.0)))
+            rows += new
+    rows += silence(rows, pauses[-1])
+    return np.array(rows), accents
+
+
+def smooth(x, taps):
+    """Hann-weighted running mean over `taps` frames, column by column, ends held. (T, c) -> (T, c)"""
+    h = np.hanning(taps + 2)[1:-1]
+    x = np.concatenate([x[:1].repeat(taps // 2, 0), x, x[-1:].repeat(taps // 2, 0)])
+    return sum(w * x[k:len(x) - taps + 1 + k] for k, w in enumerate(h / h.sum()))
+
+
+def pulses(f0, n, rng):
+    """Train of unit-power pulses at pitch f0 (T,) in Hz, shared by the two samples around each. (n,)"""
+    step = np.interp(np.arange(n + 1), np.arange(len(f0)) * HOP, f0) / SAMPLE_RATE
+    phase = np.cumsum(step)
+    at = np.flatnonzero(np.floor(phase[1:]) > np.floor(phase[:-1]))
+    late = (phase[at + 1] % 1.0) / step[at + 1]                     # samples since the pulse was due, 0-1
+    size = np.sqrt(1 / step[at]) * (1 + 0.04 * rng.standard_normal(len(at)))
+    out = np.zeros(n + 1)
+    out[at + 1] += size * (1 - late)
+    out[at] += size * late
+    return out[:n]
+
+
+def synthesise(text, voice, rng, pauses=None):
+    """Speak `text` (lexicon words) in `voice`: float32 (n,) at SAMPLE_RATE, peak 1, without noise.
+    pauses: s of silence before each word and after the last (words + 1 of them); None draws natural ones.
+    Raises ValueError for a word that is not in the lexicon."""
+    if pauses is None:
+        pauses = natural_pauses(len(text.split()), rng)
+    seg, accents = timeline(text, voice, rng, pauses)
+    ends = np.cumsum(seg[:, 0]) / 5                                 # in frames
+    count = int(ends[-1]) + 1
+    track = seg[np.searchsorted(ends, np.arange(count)).clip(max=len(seg) - 1)]       # (T, 12)
+    shape = smooth(track[:, 1:7], 13)                               # 65 ms: how fast the mouth moves
+    av, ah, af = smooth(track[:, 7:10], 3).T                        # (T,) each
+    bands = smooth(track[:, 10:12] * track[:, 9:10], 3)             # the band travels with its friction
+    nasal = smooth((track[:, 12:] > 0) * 1.0, 15)[:, 0]
+    frames = np.arange(count) / 200                                 # (T,) s
+    accent = sum(a * np.exp(-0.5 * ((frames - t) / 0.09) ** 2) for t, a in accents)
+    wander = smooth(rng.standard_normal((count, 1)), 9)[:, 0]
+    f0 = voice["f0"] * (1 + voice["range"] * (accent + 0.5 - frames / frames[-1]) + 0.012 * wander)
+    f0 = np.maximum(f0, 40.0)
+
+    n = (count + 1) * HOP
+    source = np.stack([pulses(f0, n, rng), rng.standard_normal(n)]).astype(np.float32).reshape(2, -1, HOP)
+    on = np.flatnonzero(av + ah + af > 1e-4)                        # the rest is silence: (T', ) of the T frames
+    source = np.concatenate([source[:, on], source[:, on + 1]], -1) * WINDOW          # (2, T', 2 HOP)
+    shape, av, ah, af, bands, nasal = shape[on], av[on], ah[on], af[on], bands[on], nasal[on]
+
+    tract = voice["tract"]
+    # fp32 throughout, and products written out: at this size BLAS threads would cost more than they bring.
+    column = lambda x: x.astype(np.float32)[:, None]                # (T',) -> (T', 1)
+
+    def response(hz, width):                                        # 1 / resonance, or a dip: (T',), (T',) -> (T', K)
+        r = np.exp(-np.pi * width / SAMPLE_RATE)
+        return 1 - column(2 * r * np.cos(2 * np.pi * hz / SAMPLE_RATE)) * Z[1] + column(r * r) * Z[2]
+
+    upper = np.arange(3500, 7600 / tract, 1000) * tract             # resonances nobody steers, from F4 on
+    fixed = np.prod(response(upper, 0.06 * upper), axis=0)          # (K,)
+    mouth = np.repeat(1 / fixed[None], len(on), 0)                  # (T', K)
+    hum = np.flatnonzero(nasal > 0)                                 # a dip that a wide resonance cancels elsewhere
+    dip = np.where(track[on, 12] > 0, track[on, 12], 1000.0)[hum] * tract
+    mouth[hum] *= response(dip, 90 + 2500 * (1 - nasal[hum])) / response(dip, np.full(len(hum), 2590.0))
+    for k in range(3):                                              # one by one: their product would need fp64
+        mouth /= response(np.minimum(shape[:, k] * tract, 6500), shape[:, 3 + k] * tract)
+    mouth /= np.abs(mouth[:, :1])                                   # gain 1 at 0 Hz
+
+    pole = lambda hz: 1 - math.exp(-2 * math.pi * hz / SAMPLE_RATE) * Z[1]
+    glottis = (1 - 0.97 * Z[1]) / (pole(100) * pole(200 + voice["f0"]) * pole(voice["tilt"]))
+    voiced = mouth * glottis
+    rms = lambda h: np.sqrt(np.mean(h.real ** 2 + h.imag ** 2, 1))  # (T',)
+    loud = rms(voiced)                                              # levels are meant at the lips, so the
+    voiced *= column(av / (loud ** 0.8 * np.median(loud) ** 0.2))   # vowels nearly even out
+    noise = mouth * column((ah + voice["breath"] * av) / rms(mouth))
+    hiss = np.flatnonzero(af > 1e-4)
+    centre, width = (bands[hiss] / af[hiss, None]).astype(np.float32).T[:, :, None]
+    band = np.exp(-0.5 * ((BINS - centre * tract ** 0.5) / width) ** 2) * (BINS > 300)
+    noise[hiss] += band * column(af[hiss] / np.sqrt(np.mean(band ** 2, 1)))
+
+    spec = np.fft.rfft(source, FFT)                                 # (2, T', K)
+    pieces = np.zeros((count, FFT), np.float32)
+    pieces[on] = np.fft.irfft(spec[0] * voiced + spec[1] * noise, FFT)
+    out = np.zeros((count + FFT // HOP - 1, HOP), np.float32)
+    for k in range(FFT // HOP):
+        out[k:k + count] += pieces[:, k * HOP:(k + 1) * HOP]
+    out = out.reshape(-1)[:n]
+    return (out / np.abs(out).max()).astype(np.float32)
+
+
+def natural_pauses(words, rng):
+    """s of silence before each word and after the last, mostly 0 between words. (words + 1,)"""
+    pauses = np.where(rng.random(words + 1) < 0.3, rng.uniform(0.03, 0.15, words + 1), 0.0)
+    pauses[[0, -1]] = rng.uniform(*EDGE, 2)
+    return pauses
+
+
+# ---------------------------------------------------------------------------------------------- conditions
+def coloured_noise(n, rng, colour=None):
+    """Noise of unit power, float32 (n,): white, pink, brown or a band of it; a random colour if None."""
+    size = 1 << (n - 1).bit_length()
+    hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
+    colour = colour or str(rng.choice(["white", "pink", "brown", "band"]))
+    if colour == "band":
+        centre = np.exp(rng.uniform(math.log(300), math.log(4000)))
+        gain = np.exp(-0.5 * (np.log(np.maximum(hz, 20) / centre) / rng.uniform(0.3, 0.8)) ** 2) + 0.03
+    else:
+        gain = np.maximum(hz, 60) ** {"white": 0.0, "pink": -0.5, "brown": -1.0}[colour]
+    spec = rng.standard_normal((2, len(hz)), dtype=np.float32)
+    noise = np.fft.irfft((spec[0] + 1j * spec[1]) * gain, size)[:n]
+    return (noise / noise.std()).astype(np.float32)
+
+
+def uneven_noise(n, rng):
+    """Coloured noise whose level wanders by some dB a few times a second, with some bursts. float32 (n,)"""
+    points = max(2, int(n / SAMPLE_RATE * 3))
+    level = np.interp(np.arange(n), np.linspace(0, n, points), rng.normal(0, rng.uniform(0, 5), points))  # dB
+    for _ in range(rng.poisson(0.5 * n / SAMPLE_RATE)):
+        start, length = rng.integers(n), int(rng.uniform(0.02, 0.15) * SAMPLE_RATE)
+        level[start:start + length] += rng.uniform(4, 12)
+    noise = coloured_noise(n, rng) * 10 ** (level / 20)
+    return (noise / noise.std()).astype(np.float32)
+
+
+def reverberate(audio, rng):
+    """Echo: convolve with a dying noise whose RT60 is drawn from OOD_RT60. float32 (n,) -> (n,)"""
+    rt60 = rng.uniform(*OOD_RT60)
+    n = int(rt60 * SAMPLE_RATE)
+    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n) * rng.uniform(0.03, 0.08)
+    tail[0] = 1.0                            # the direct sound
+    size = 1 << (len(audio) + n - 1).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(tail, size), size)
+    return wet[:len(audio)].astype(np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def babble_tracks(seed=0):
+    """Tracks of one talker each, 8 s, to mix babble from: float32 (24, n). Training sentences in voices that
+    speak nowhere else. Built once for a seed, in about half a second."""
+    rng, n = np.random.default_rng([seed, 7]), 8 * SAMPLE_RATE
+    tracks = np.zeros((24, n), np.float32)
+    for track in tracks:
+        talker, at = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), 0
+        while at < n:
+            audio = synthesise(sentence_in("train", rng, True), talker, rng)[:n - at]
+            track[at:at + len(audio)] = audio
+            at += len(audio)
+        track /= track.std()
+    return tracks
+
+
+def mix(speech, noise, snr):
+    """Add noise (n,) to speech (n,) at `snr` dB, both powers taken where somebody speaks. float32 (n,)"""
+    power = smooth_power(speech)
+    active = power > 1e-3 * power.max()      # within 30 dB of the loudest
+    wanted = np.mean(speech[active] ** 2) / 10 ** (snr / 10)
+    return speech + noise * np.sqrt(wanted / np.mean(noise[active] ** 2))
+
+
+def smooth_power(x):
+    """Mean power around each sample, over blocks of 20 ms. (n,) -> (n,)"""
+    block = 4 * HOP
+    padded = np.pad(x, (0, -len(x) % block)).reshape(-1, block)
+    return np.repeat(np.mean(padded ** 2, 1), block)[:len(x)]
+
+
+def degrade(audio, condition, rng, babble=None):
+    """Put clean speech, float32 (n,), into a condition ("clean", "hard" or "ood"): same length, peak below 1.
+    babble: tracks of single talkers (m, n') for ood; None takes `babble_tracks()`.
+    Raises ValueError for another condition."""
+    n = len(audio)
+    if condition == "clean":
+        colour = str(rng.choice(["white", "pink", "brown"]))
+        audio = mix(audio, coloured_noise(n, rng, colour), rng.uniform(*CLEAN_SNR))
+    elif condition == "hard":
+        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
+    elif condition == "ood":
+        tracks = babble_tracks() if babble is None else babble
+        kind = rng.choice(3, p=(0.45, 0.25, 0.3))                   # babble, noise, both
+        noise = np.zeros(n, np.float32)
+        if kind != 1:
+            for k in rng.choice(len(tracks), rng.integers(3, 7), replace=False):
+                noise += np.resize(np.roll(tracks[k], rng.integers(tracks.shape[1])), n)
+            noise /= noise.std()
+        if kind != 0:
+            noise += uneven_noise(n, rng)
+        for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE) if rng.random() < 0.3 else 0):      # clicks
+            noise[rng.integers(n)] += rng.uniform(5, 20)
+        audio = mix(reverberate(audio, rng), noise, rng.uniform(*OOD_SNR))
+    else:
+        raise ValueError(f"condition {condition!r} is none of clean, hard, ood")
+    return (audio * (rng.uniform(0.15, 0.95) / np.abs(audio).max())).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------------- corpus
+def speaker_voice(pool, index, condition):
+    """Voice `index` of a pool in VOICES: each pool has random streams of its own, so no voice is shared."""
+    return voice(np.random.default_rng([1000 + list(VOICES).index(pool), index]), condition)
+
+
+def utterance(split, index, seed=0, condition=None):
+    """Item `index` of `split` ("train", "dev", "test"): a dict of id, audio float32 (n,), text, lang,
+    speaker, condition. The same arguments give the same item; indices never run out.
+    condition: "clean", "hard", "ood", or None: hard with probability HARD_SHARE, else clean. ood speaks the
+    test split's sentences in voices of its own, so only split test may ask for it (AssertionError)."""
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index,
+                                 {None: 0, "clean": 1, "hard": 2, "ood": 3}[condition]])
+    if condition is None:
+        condition = "hard" if rng.random() < HARD_SHARE else "clean"
+    assert condition != "ood" or split == "test", "ood is never trained on: it belongs to split test"
+    pool = "ood" if condition == "ood" else split
+    k = int(rng.integers(VOICES[pool]))
+    talker = speaker_voice(pool, k, condition)
+    while True:
+        text = sentence_in(split, rng, condition != "clean")
+        words = len(text.split())
+        pauses = natural_pauses(words, rng)
+        stretch, p = {"clean": ((0, 0), 0.0), "hard": (HARD_STRETCH, HARD_STRETCH_P),
+                      "ood": (OOD_STRETCH, OOD_STRETCH_P)}[condition]
+        for place in (0, words, int(rng.integers(1, words)) if words > 1 else 0):
+            if rng.random() < p:
+                pauses[place] += rng.uniform(*stretch)
+        audio = synthesise(text, talker, rng, pauses)
+        if len(audio) <= MAX_SECONDS * SAMPLE_RATE:
+            break
+    audio = degrade(audio, condition, rng, babble_tracks(seed) if condition == "ood" else None)
+    return dict(id=f"{split}-{condition}-{seed}-{index}", audio=audio, text=text, lang="en",
+                speaker=f"{pool}-{k:03d}", condition=condition)
+
+
+# ------------------------------------------------------------------------------- corpora as the stages see them
+STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3}  # SFT continued hears what GRPO hears
+CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
+GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
+
+
+class Embedded:
+    """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
+
+    def __init__(self, seed, test=600):
+        self.seed, self.sets = seed, {"dev": 240, "clean": test, "hard": test, "ood": test}
+        self.kept = {}
+
+    def item(self, name, i):
+        """Utterance i of a set, with its audio. Dev is half clean, half hard."""
+        if name == "dev":
+            return utterance("dev", i, self.seed, ("hard", "clean")[i % 2])
+        return utterance("test", i, self.seed, name)
+
+    def train_batch(self, stream, k, size):
+        """Batch k of a stage's own stream: fresh utterances, never heard before."""
+        group = k // GROUP
+        if (stream, group) not in self.kept:
+            first = STREAMS[stream] * 10**7 + group * GROUP * size
+            condition = "hard" if stream in ("grpo", "control") else None
+            if stream == "encoder" and group * GROUP * size < CLEAN_START:
+                condition = "clean"
+            items = [utterance("train", first + i, self.seed, condition) for i in range(GROUP * size)]
+            items.sort(key=lambda item: len(item["audio"]))
+            order = np.random.default_rng([self.seed, group]).permutation(GROUP)
+            self.kept = {(stream, group): [items[j * size:(j + 1) * size] for j in order]}
+        return self.kept[stream, group][k % GROUP]
+
+    def texts(self, k, size):
+        """Batch k of sentences for the text stage."""
+        rng = np.random.default_rng([self.seed, STREAMS["text"], k])
+        return [sentence_in("train", rng, rng.random() < HARD_SHARE) for _ in range(size)]
+
+    def spell(self, text):
+        """What CTC spells: the phones of the lexicon. They are what is heard; English spelling is not."""
+        return [phone for word in text.split() for phone in LEXICON[word]]
+
+    def dev_texts(self):
+        """The sentences of dev."""
+        rng = np.random.default_rng([self.seed, 9])
+        return [sentence_in("dev", rng, i % 2 == 0) for i in range(self.sets["dev"])]
+
+
+# ------------------------------------------------------------------------------------------ recorded audio
+def die(message):
+    """Print `error: message` and leave with status 2: what every script here does about bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def resample(x, sr_in, sr_out, zeros=24):
+    """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). A windowed sinc with
+    `zeros` zero crossings a side, cut off below the lower Nyquist frequency so that nothing folds back."""
+    if sr_in == sr_out:
+        return np.asarray(x, np.float32)
+    g = math.gcd(sr_in, sr_out)
+    up, down = sr_out // g, sr_in // g
+    cut = 0.95 * min(1.0, up / down)         # of the input's Nyquist; the 5 % pays for a finite filter
+    half = math.ceil(zeros / cut)
+    count = round(len(x) * sr_out / sr_in)
+    taps = np.arange(-half, half + 1)
+    x = np.pad(np.asarray(x, np.float32), (half, half + down + 1))
+    view = np.lib.stride_tricks.sliding_window_view(x, 2 * half + 1)
+    out = np.zeros(count, np.float32)
+    for phase in range(min(up, count)):      # outputs phase, phase + up, ... all use the same filter
+        start, rest = divmod(phase * down, up)
+        at = taps - rest / up                # (taps,) input samples from the output's place
+        h = cut * np.sinc(cut * at) * np.kaiser(2 * half + 1, 8.0)
+        rows = len(range(phase, count, up))
+        out[phase::up] = view[start::down][:rows] @ (h / h.sum()).astype(np.float32)
+    return out
+
+
+def load_audio(path):
+    """Read wav, flac, ogg/opus or mp3 as float32 (n,), one channel (their mean) at SAMPLE_RATE.
+    A file that is missing, broken or empty ends the program with a line that names it."""
+    try:
+        x, rate = sf.read(path, dtype="float32", always_2d=True)
+    except (sf.LibsndfileError, OSError, RuntimeError) as e:
+        if not os.path.exists(path):
+            die(f"{path}: no such file; check the path")
+        die(f"{path}: cannot be read as audio ({e}); convert it to wav or flac, or drop it from the manifest")
+    if len(x) == 0 or not np.isfinite(x).all():
+        die(f"{path}: holds {'no samples' if len(x) == 0 else 'samples that are not numbers'}; "
+            "convert it again, or take it out of the manifest")
+    return resample(x.mean(1), rate, SAMPLE_RATE)
+
+
+def share(key):
+    """A stable number in [0, 1) for a string, to deal items out to splits."""
+    return zlib.crc32(key.encode()) / 2 ** 32
+
+
+def item_from_line(raw, where, folder, check):
+    """One manifest line (bytes) as an item; dies with `where` (FILE:LINE) about anything wrong with it."""
+    try:
+        item = json.loads(raw)
+    except ValueError as e:
+        die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
+    if not isinstance(item, dict):
+        die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
+    for key in ("audio_filepath", "text"):
+        if key not in item:
+            die(f"{where}: no {key!r}; every line needs audio_filepath and text")
+    for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question",
+                "answer"):
+        if key in item and not isinstance(item[key], str):
+            die(f"{where}: {key!r} is {json.dumps(item[key])[:40]}, not a string; put it in quotes")
+    for key in ("audio_filepath", "text", "id", "lang", "split"):
+        if key in item and not item[key].strip():
+            die(f"{where}: {key!r} is empty; fill it in or drop the line")
+    path = os.path.normpath(os.path.join(folder, item["audio_filepath"]))
+    if check and not os.path.isfile(path):
+        die(f"{where}: audio file {path} does not exist; paths are taken from the manifest's folder")
+    seconds = item["duration"] if "duration" in item else duration_of(path, where)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        die(f"{where}: duration {json.dumps(seconds)} is not a positive number of seconds; "
+            "correct it, or leave it out to have it read from the file")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return {"id": stem, "lang": "en", "speaker": "", **item, "audio_filepath": path,
+            "duration": float(seconds), "text": item["text"].strip()}
+
+
+def duration_of(path, where):
+    """Seconds of an audio file, from its header."""
+    try:
+        return sf.info(path).duration
+    except (sf.LibsndfileError, OSError, RuntimeError):
+        die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
+
+
+def read_manifest(path):
+    """Items of a .jsonl file in NeMo's form, in file order. Past 100,000, audio files are not looked up."""
+    items = []
+    folder = os.path.dirname(os.path.abspath(path))
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            if raw.strip():
+                items.append(item_from_line(raw, f"{path}:{number}", folder, len(items) < 100_000))
+    return items
+
+
+def read_librispeech(root, files):
+    """Items of a LibriSpeech tree: `ID TRANSCRIPT` lines in *.trans.txt beside ID.flac. A folder called
+    train-*, dev-* or test-* (the root itself may be one) names the split."""
+    items, seen = [], {}
+    for file in files:
+        parts = (root.resolve().name, *file.relative_to(root).parts)
+        split = next((p for p in parts if p.startswith(("train-", "dev-", "test-"))), None)
+        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                key, _, text = line.decode().strip().partition(" ")
+            except UnicodeDecodeError as e:
+                die(f"{where}: not UTF-8 ({e}); save the file as UTF-8")
+            if key in seen:
+                die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
+            seen[key] = where
+            audio = file.resolve().parent / f"{key}.flac"
+            if not text.strip():
+                die(f"{where}: {key} has no transcript; fill it in or drop the line")
+            if not audio.is_file():
+                die(f"{where}: {audio} does not exist; unpack the audio again or drop the line")
+            items.append({"id": key, "audio_filepath": str(audio), "duration": duration_of(str(audio), where),
+                          "text": text.strip(), "lang": "en", "speaker": key.split("-")[0],
+                          **({"split": split} if split else {})})
+    return items
+
+
+def read_data(path):
+    """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id,
+    audio_filepath (absolute), duration (s), text, lang, speaker, and whatever else its manifest line held.
+    path: a folder with manifest.jsonl, a .jsonl or .json file (one object a line), or a LibriSpeech tree.
+    Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
+    where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
+    Without a dev split, 5 % of train is set aside. Bad input ends the program with a line saying where."""
+    root = Path(path)
+    if not root.exists():
+        die(f"{path}: no such file or folder; give a manifest (.jsonl), its folder or a LibriSpeech tree")
+    if root.is_file() or (root / "manifest.jsonl").is_file():
+        source = root if root.is_file() else root / "manifest.jsonl"
+        if source.suffix not in (".jsonl", ".json"):
+            die(f"{path}: not a .jsonl or .json manifest; give a manifest, its folder or a LibriSpeech tree")
+        items = read_manifest(source)
+    else:
+        files = sorted(root.rglob("*.trans.txt"))
+        if not files:
+            die(f"{path}: no manifest.jsonl or *.trans.txt inside; give a manifest or LibriSpeech tree")
+        items = read_librispeech(root, files)
+    if not items:
+        die(f"{path}: no utterances in it; it needs one line for each")
+    by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
+    splits = {}
+    for item in items:
+        name = item.get("split")
+        if name is None:
+            x = share(item["speaker"] if by_speaker and item["speaker"] else item["id"])
+            name = "train" if x < 0.8 else "dev" if x < 0.9 else "test"
+        name = "train" if name.startswith("train-") else "dev" if name.startswith("dev-") else name
+        splits.setdefault("dev" if name in ("validation", "valid") else name, []).append(item)
+    if "dev" not in splits and len(splits.get("train", [])) > 1:
+        train = sorted(splits["train"], key=lambda i: share(i["id"]))
+        chosen = {id(i) for i in train[:math.ceil(0.05 * len(train))]}
+        splits["dev"] = [i for i in splits["train"] if id(i) in chosen]
+        splits["train"] = [i for i in splits["train"] if id(i) not in chosen]
+    return splits
+
+
+class Recorded:
+    """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views, tests as it is."""
+
+    def __init__(self, path, seed):
+        self.seed, self.data = seed, read_data(path)
+        self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
+        train = self.data["train"]
+        self.by_lexicon = all(word in LEXICON for item in train for word in item["text"].lower().split())
+        self.shuffled = functools.lru_cache(maxsize=2)(self.shuffle)
+
+    def item(self, name, i):
+        """Utterance i of a set, with its audio."""
+        item = self.data[name][i]
+        return {**item, "audio": load_audio(item["audio_filepath"])}
+
+    def shuffle(self, stream, epoch, size):
+        """An epoch's batches of indices into train: shuffled, then sorted by length within GROUP batches."""
+        train, rng = self.data["train"], np.random.default_rng([self.seed, STREAMS[stream], epoch])
+        order = rng.permutation(len(train))
+        batches = []
+        for start in range(0, len(order), GROUP * size):
+            group = sorted(order[start:start + GROUP * size], key=lambda i: train[i]["duration"])
+            batches += [group[j:j + size] for j in range(0, len(group), size)]
+        return [batches[j] for j in rng.permutation(len(batches))]
+
+    def train_batch(self, stream, k, size):
+        """Batch k of a stage's own stream of shuffled epochs, each utterance in a view of its own."""
+        epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
+        rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
+        items = [self.item("train", i) for i in self.shuffled(stream, epoch, size)[j]]
+        return [{**item, "audio": noisy_view(item["audio"], rng)} for item in items]
+
+    def texts(self, k, size):
+        """Batch k of training transcripts for the text stage."""
+        rng = np.random.default_rng([self.seed, STREAMS["text"], k])
+        return [self.data["train"][i]["text"] for i in rng.integers(len(self.data["train"]), size=size)]
+
+    def dev_texts(self):
+        """The transcripts of dev."""
+        return [item["text"] for item in self.data["dev"]]
+
+    def spell(self, text):
+        """What CTC spells: phones if the lexicon has every training word, else characters and word ends."""
+        words = text.lower().split()
+        if self.by_lexicon:
+            return [phone for word in words for phone in LEXICON.get(word, ())]
+        return list("|".join(words))
+
+
+def noisy_view(audio, rng):
+    """Another take of the same utterance: up to 12% quicker or slower (pitch and formants move along, as from another
+    speaker), and two times in three with noise at VIEW_SNR dB. float32 (n,) -> (n',)"""
+    n = max(2, int(len(audio) / rng.uniform(0.88, 1.12)))
+    audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
+    return degrade(mix(audio, uneven_noise(n, rng), rng.uniform(*VIEW_SNR)) if rng.random() < 0.67 else audio, "clean", rng)
+
+
+def open_corpus(path, seed, test_size=600):
+    """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances."""
+    return Recorded(path, seed) if path else Embedded(seed, test_size)
+
+
+# ----------------------------------------------------------------------------------------------------- CLI
+def listen(folder, n, seed):
+    """Write n utterances of each condition to `folder` as wav and print what they say."""
+    os.makedirs(folder, exist_ok=True)
+    for condition in ("clean", "hard", "ood"):
+        for i in range(n):
+            item = utterance("test", i, seed, condition)
+            file = f"{item['id']}.wav"
+            sf.write(os.path.join(folder, file), item["audio"], SAMPLE_RATE)
+            print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
+
+
+def check(path):
+    """Print utterances, hours and speakers of each split of a recorded corpus."""
+    splits = read_data(path)                 # first: it may end the program
+    print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
+    for name, items in splits.items():
+        hours = sum(i["duration"] for i in items) / 3600
+        print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Listen to the made-up corpus, or check a recorded one.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--listen", metavar="DIR", help="write utterances of each condition to DIR as wav")
+    what.add_argument("--check", metavar="PATH", help="manifest, its folder or LibriSpeech tree to summarise")
+    parser.add_argument("--n", type=int, default=6, help="utterances of each condition (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the made-up corpus (default 0)")
+    args = parser.parse_args()
+    if args.n < 1 or args.seed < 0:
+        parser.error("--n must be at least 1 and --seed at least 0")
+    listen(args.listen, args.n, args.seed) if args.listen else check(args.check)
+
+
+if __name__ == "__main__":
+    main()

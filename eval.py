@@ -1,0 +1,228 @@
+"""The examiner: word error rates with Ins/Del/Sub and bootstrap intervals, by set and by language; single files too.
+
+    python eval.py --ckpt runs/embedded-0/grpo-wer                          # the embedded test sets
+    python eval.py --ckpt runs/digit_strings-0/grpo-wer --data ../shared/speech/digit_strings --beam 4
+    python eval.py --ckpt runs/embedded-0/grpo-wer --against runs/embedded-0/speech      # the two, pairwise
+    python eval.py --ckpt runs/embedded-0/grpo-wer my.wav                   # what does it hear?
+
+WER is the corpus's: all edits over all reference words, on normalised text (rewards.normalize), in percent. An
+interval is the 95% bootstrap over utterances (Bisani and Ney, ICASSP 2004): draw as many utterances with replacement,
+recompute, 10,000 times; for two systems the same draw serves both ("paired"), so what they share cancels.
+
+Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel bins, D encoder channels.
+"""
+import argparse
+import contextlib
+import math
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from encoder import log_mel
+from model import SpeechLM, beam_search, generate
+from rewards import edit_counts, normalize
+
+
+# ---------------------------------------------------------------------------------------------- loading
+def pick_device(name=None):
+    """"cuda" where there is a GPU, else "cpu", unless a name is given."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def autocast(device):
+    """bf16 compute on a GPU; the weights stay fp32. On CPU nothing changes."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def load_model(path, device="cpu"):
+    """A run's folder (its best.pt) or a checkpoint file -> SpeechLM in evaluation mode. Bad input ends the program."""
+    path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    if not os.path.exists(path):
+        data.die(f"{path}: no such checkpoint; give a folder under runs/ that holds best.pt, or a .pt file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        model = SpeechLM(*saved["configs"])
+        model.load_state_dict(saved["model"])
+    except Exception as e:  # a damaged zip, a pickle of something else, a state dict of another shape: all bad input
+        data.die(f"{path}: not a checkpoint of this code ({str(e).splitlines()[0][:150]}); train it again or give another")
+    return model.to(device).eval()
+
+
+def collate(items):
+    """Items with audio (n,) -> mel (B, T, M), lengths (B,) in frames of 10 ms, and the items without their audio."""
+    lengths = torch.tensor([len(item["audio"]) for item in items])
+    # Up to the next third of a second: fewer shapes, so that the allocator and oneDNN's caches stay small.
+    audio = torch.zeros(len(items), -(-int(lengths.max()) // 5120) * 5120 + 240)
+    for row, item in zip(audio, items):
+        row[:len(item["audio"])] = torch.from_numpy(item["audio"])
+    return (*log_mel(audio, lengths), [{k: v for k, v in item.items() if k != "audio"} for item in items])
+
+
+class Chunks(torch.utils.data.Dataset):
+    """Consecutive chunks of a test set as batches of features. Made in a worker, beside the model."""
+
+    def __init__(self, corpus, name, size=32):
+        self.corpus, self.name, self.size = corpus, name, size
+
+    def __len__(self):
+        return math.ceil(self.corpus.sets[self.name] / self.size)
+
+    def __getitem__(self, k):
+        n = self.corpus.sets[self.name]
+        return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(n, (k + 1) * self.size))])
+
+
+def hear_set(model, corpus, name, workers=1):
+    """Runs the frozen encoder over a test set once -> items, each with `frames` (T, D) on the CPU.
+
+    SFT, control and GRPO share the encoder, so these frames serve all three; 3 s of speech at D = 128 are 38 kB.
+    """
+    device = next(model.parameters()).device
+    heard = []
+    loader = DataLoader(Chunks(corpus, name), batch_size=None, num_workers=workers)
+    for mel, lengths, items in tqdm(loader, desc=f"hear {name}", leave=False):
+        with autocast(device):
+            frames, lengths = model.hear(mel.to(device), lengths.to(device))
+        for item, row, n in zip(items, frames.float().cpu(), lengths.tolist()):
+            heard.append({**item, "frames": row[:n].clone()})
+    return heard
+
+
+# ---------------------------------------------------------------------------------------------- decoding a set
+@torch.no_grad()
+def transcribe(model, heard, beam=1, max_new=64, batch=64):
+    """Items with `frames` (T, D) -> hypotheses in the items' order. Greedy, or the best of `beam`.
+
+    Batches by length, so that little of a batch is padding.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    order = sorted(range(len(heard)), key=lambda i: len(heard[i]["frames"]))
+    hyps = [""] * len(heard)
+    for start in range(0, len(order), batch):
+        rows = order[start:start + batch]
+        lengths = torch.tensor([len(heard[i]["frames"]) for i in rows])
+        frames = torch.nn.utils.rnn.pad_sequence([heard[i]["frames"] for i in rows], batch_first=True)
+        with autocast(device):
+            prompt = model.prefill(*model.embed_prompt(frames.to(device), lengths.to(device)))
+            if beam > 1:
+                tokens, n, _ = beam_search(model, prompt, beam, max_new)
+                tokens, n = tokens[::beam], n[::beam]
+            else:
+                tokens, n, _ = generate(model, prompt, 1, max_new, temperature=0)
+        for i, hyp in zip(rows, model.decode(tokens, n)):
+            hyps[i] = hyp
+    return hyps
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+def count_errors(refs, hyps):
+    """(n, 4) integers, a row an utterance: substitutions, deletions, insertions, reference words, on normalised text."""
+    rows = []
+    for ref, hyp in zip(refs, hyps, strict=True):
+        ref, hyp = normalize(ref), normalize(hyp)
+        rows.append((*edit_counts(ref, hyp), len(ref.split())))
+    return np.array(rows).reshape(-1, 4)
+
+
+def wer(counts):
+    """Corpus WER in percent of count_errors' rows."""
+    return 100.0 * counts[:, :3].sum() / max(1, counts[:, 3].sum())
+
+
+def summary(counts):
+    """One system on one set: WER and its three parts, all in percent of the reference words."""
+    sub, dele, ins, words = counts.sum(0)
+    return {"wer": wer(counts), **{k: 100.0 * v / max(1, words) for k, v in (("ins", ins), ("del", dele), ("sub", sub))},
+            "utterances": len(counts), "words": int(words)}
+
+
+def bootstrap(statistic, n, draws=10000, seed=0):
+    """95% interval of statistic(weights), where weights (draws, n) say how often each of n utterances was drawn."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.multinomial(n, np.full(n, 1 / n), size=min(1000, draws - k))) for k in range(0, draws, 1000)]
+    return [float(x) for x in np.percentile(np.concatenate(values), [2.5, 97.5])]
+
+
+def wer_interval(counts, **kw):
+    """95% bootstrap interval of the corpus WER, in percent."""
+    errors, words = counts[:, :3].sum(1), counts[:, 3]
+    return bootstrap(lambda w: 100.0 * (w @ errors) / np.maximum(1, w @ words), len(counts), **kw)
+
+
+def compare(a, b, **kw):
+    """From system a to system b on the same utterances: relative change of the WER in percent and its paired interval."""
+    ea, eb = a[:, :3].sum(1), b[:, :3].sum(1)
+    change = 100.0 * (eb.sum() - ea.sum()) / max(1, ea.sum())
+    return change, bootstrap(lambda w: 100.0 * (w @ eb - w @ ea) / np.maximum(1, w @ ea), len(a), **kw)
+
+
+def table_row(name, counts):
+    """One line of a table: WER, Ins, Del, Sub, the interval."""
+    s, (low, high) = summary(counts), wer_interval(counts)
+    return f"{name:<26} {s['wer']:6.2f} {s['ins']:6.2f} {s['del']:6.2f} {s['sub']:6.2f}   [{low:.2f}, {high:.2f}]"
+
+
+HEADER = f"{'':<26} {'WER':>6} {'Ins':>6} {'Del':>6} {'Sub':>6}   95% interval of the WER"
+
+
+def main():
+    """Command line: see the top of this file."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
+    p.add_argument("--ckpt", required=True, help="folder of a run (its best.pt) or a checkpoint file")
+    p.add_argument("--against", help="a second run, compared pairwise with the first")
+    p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
+    p.add_argument("--sets", help="comma-separated test sets; default: all but train")
+    p.add_argument("--seed", type=int, default=0, help="seed of the embedded corpus")
+    p.add_argument("--test-size", type=int, default=600, help="utterances of each embedded test set")
+    p.add_argument("--beam", type=int, default=1, help="1 is greedy")
+    p.add_argument("--max-new", type=int, default=64, help="longest transcript, in tokens")
+    p.add_argument("--show", type=int, default=3, help="examples printed for each set")
+    p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    args = p.parse_args()
+    model = load_model(args.ckpt, pick_device(args.device))
+
+    if args.files:
+        for path in args.files:
+            mel, lengths, _ = collate([{"audio": data.load_audio(path)}])
+            device = next(model.parameters()).device
+            with autocast(device):
+                frames, lengths = model.hear(mel.to(device), lengths.to(device))
+            print(f"{path}\t{transcribe(model, [{'frames': frames[0].float().cpu()}], args.beam, args.max_new)[0]}")
+        return
+
+    corpus = data.open_corpus(args.data, args.seed, args.test_size)
+    names = args.sets.split(",") if args.sets else [n for n in corpus.sets if n != "dev"]
+    for name in names:
+        if name not in corpus.sets:
+            data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
+    models = {args.ckpt: model}
+    if args.against:
+        models[args.against] = load_model(args.against, pick_device(args.device))
+    for name in names:
+        counts, hyps = {}, {}
+        for ckpt, m in models.items():
+            heard = hear_set(m, corpus, name)
+            refs = [item["text"] for item in heard]
+            hyps[ckpt] = transcribe(m, heard, args.beam, args.max_new)
+            counts[ckpt] = count_errors(refs, hyps[ckpt])
+        print(f"\n{name}: {len(refs)} utterances\n{HEADER}")
+        for ckpt, c in counts.items():
+            print(table_row(os.path.basename(os.path.normpath(ckpt)), c))
+            langs = sorted({item["lang"] for item in heard})
+            for lang in langs if len(langs) > 1 else []:
+                print(table_row(f"  {lang}", c[[item["lang"] == lang for item in heard]]))
+        if args.against:
+            change, (low, high) = compare(counts[args.against], counts[args.ckpt])
+            print(f"from {args.against} to {args.ckpt}: {change:+.1f}% [{low:+.1f}, {high:+.1f}], relative, paired bootstrap")
+        for i in range(min(args.show, len(refs))):
+            print(f"  ref  {refs[i]}", *(f"\n  hyp  {h[i]}" for h in hyps.values()))
+
+
+if __name__ == "__main__":
+    main()

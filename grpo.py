@@ -1,0 +1,288 @@
+"""The teacher: GRPO, DAPO and Dr. GRPO on a speech language model, with rewards as simple as the word error rate.
+
+    python grpo.py --reward wer                     # everything from nothing: corpus, SFT, GRPO, control, the table
+    python grpo.py --reward em --algo dr_grpo       # reuses the stages that are done, starts at RL
+    python grpo.py --reward wer --data PATH         # the same on recorded speech
+
+For each utterance q the model writes G transcripts o_1 .. o_G, a reward R_i scores each against the reference, and the
+transcripts that did better than their group become likelier (DeepSeekMath, 2402.03300; for speech 2509.01939):
+
+    Eq. 3   J = sum_i sum_t w_it { min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it }
+    Eq. 4   r_it = pi_theta(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
+    Eq. 5   A_i = (R_i - mean R) / std R                 over the group; Dr. GRPO (2503.20783) leaves the std out
+    Eq. 6   k3_it = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1      against the frozen SFT model
+
+    --loss-norm   w_it
+    sequence      1 / (G len_i)             GRPO: every transcript weighs the same
+    token         1 / (sum_i len_i)         DAPO (2503.14476): every token weighs the same
+    constant      1 / (G L), L = --max-new  Dr. GRPO: no length bias
+
+(Each also divided by the number of utterances; lengths and groups are counted over the whole optimiser step.)
+
+The printed loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group
+sum to 0. Its gradient is not zero. Watch the reward, not the loss.
+
+Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript with its <EOS>.
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+import sft
+from encoder import length_mask
+from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
+                  wer, wer_interval)
+from model import beam_search, generate
+from rewards import REWARDS
+
+ALGOS = {
+    "grpo": dict(beta=0.04, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False),
+    "dapo": dict(beta=0.0, eps_low=0.2, eps_high=0.28, loss_norm="token", std=True, dynamic_sampling=True),
+    "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
+}
+
+
+# ---------------------------------------------------------------------------------------------- the method
+def group_advantages(rewards, std=True):
+    """Eq. 5: rewards (B, G) -> advantages (B, G) and which groups vary, (B,) bool.
+
+    A group of equal rewards has advantage 0, told by max - min: its fp32 std need not be 0 (eight times 0.9: 6e-8).
+    The papers do not say which std: this is the sample's (G - 1), plus 1e-4.
+    """
+    varied = rewards.amax(1) - rewards.amin(1) > 1e-6                          # (B,)
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    return advantages * varied[:, None], varied
+
+
+def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_high):
+    """Eq. 3 with its sign turned, summed over N transcripts, and how many tokens the clip held back.
+
+    logp, old, ref (N, T): log-probabilities under the policy, under the one that wrote the rollout, and under the SFT
+    model (None if beta is 0); advantages (N,); mask (N, T) true on o_1 .. <EOS>; weight (N, T) or broadcast: w_it.
+    """
+    A = advantages[:, None]
+    ratio = (logp - old).masked_fill(~mask, 0.0).exp()                         # Eq. 4 (N, T)
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    gain = torch.minimum(ratio * A, clipped * A)
+    if beta:
+        gap = (ref - logp).masked_fill(~mask, 0.0)  # masked before exp: padding could overflow
+        gain = gain - beta * (gap.exp() - gap - 1)                             # Eq. 6
+    held = ((clipped - ratio) * A < 0) & mask
+    return -(gain * mask * weight).sum(), held.sum()
+
+
+def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
+    """w_it of the three losses for transcripts of `lengths` (N,): (N, 1). The counts are those of the optimiser step."""
+    if loss_norm == "sequence":
+        return 1 / (n_sequences * lengths[:, None].float())
+    return torch.full((len(lengths), 1), 1 / n_tokens if loss_norm == "token" else 1 / (n_sequences * longest), device=lengths.device)
+
+
+@torch.no_grad()
+def rollout(model, frames, lengths, texts, reward, args):
+    """Encoder frames (B, T', D) -> G transcripts each, and their rewards. The prompt runs once for the group."""
+    model.eval()
+    prompt = model.prefill(*model.embed_prompt(frames, lengths))
+    if args.rollout == "beam":
+        tokens, n, _ = beam_search(model, prompt, args.G, args.max_new)
+        logps = None
+    else:
+        tokens, n, logps = generate(model, prompt, args.G, args.max_new, args.temperature)
+    hyps = model.decode(tokens, n)
+    refs = [text for text in texts for _ in range(args.G)]
+    scores = torch.tensor([REWARDS[reward](ref, hyp) for ref, hyp in zip(refs, hyps)], device=frames.device)
+    return tokens, n, logps, scores.view(-1, args.G), hyps
+
+
+def gather_rollouts(model, loader, args, device, log):
+    """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, kept) per batch that was drawn.
+
+    With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
+    """
+    parts, rewards_, kept_total = [], [], 0
+    for draw in range(args.max_draws if args.dynamic_sampling else 1):
+        mel, lengths, items = next(loader)
+        with autocast(device):
+            frames, lengths = model.hear(mel.to(device), lengths.to(device))
+            tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
+        advantages, varied = group_advantages(rewards, args.std)
+        parts.append((frames, lengths, tokens, n, advantages, varied))
+        rewards_.append(rewards)
+        kept_total += int(varied.sum())
+        if kept_total >= args.prompts:
+            break
+    rewards = torch.cat(rewards_)
+    n = torch.cat([p[3] for p in parts])
+    log.update(reward=float(rewards.mean()), zero_variance=1 - kept_total / len(rewards), draws=len(parts),
+               length=float(n.float().mean()))
+    return parts
+
+
+def main():
+    """Command line: see the top of this file."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}")
+    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the six switches that follow")
+    p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
+    p.add_argument("--eps-low", type=float, help="the clip's lower half-width")
+    p.add_argument("--eps-high", type=float, help="the clip's upper half-width")
+    p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
+    p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
+    p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
+    p.add_argument("--steps", type=int, default=120, help="optimiser rollouts of GRPO")
+    p.add_argument("--prompts", type=int, default=24, help="utterances a step")
+    p.add_argument("-G", type=int, default=8, help="transcripts of an utterance, the group")
+    p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
+    p.add_argument("--micro", type=int, default=24, help="utterances in one backward pass")
+    p.add_argument("--lr", type=float, default=3e-4, help="learning rate, falling linearly to zero")
+    p.add_argument("--grpo-muon", type=float, default=0.0, help="as --muon-lr, for GRPO; 0 is AdamW alone")
+    p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
+    p.add_argument("--max-new", type=int, default=24, help="longest transcript, in tokens")
+    p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
+    p.add_argument("--grpo-dev-evals", type=int, default=6, help="how often dev is looked at")
+    sft.add_arguments(p)
+    args = p.parse_args()
+    for key, value in ALGOS[args.algo].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.reward not in REWARDS:
+        data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
+    corpus = sft.finish_arguments(args)
+    for stage in ("encoder", "text", "speech"):
+        sft.run_stage(stage, args, corpus)
+    folder = train(args, corpus)
+    sft.run_stage("control", args, corpus)
+    report(args, corpus, folder)
+
+
+def train(args, corpus):
+    """GRPO from the SFT model; keeps what was best on dev. Returns the run's folder."""
+    folder = os.path.join("runs", args.name, f"{args.algo}-{args.reward}")
+    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature", "max_new",
+                "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+    state = sft.open_run(folder, {k: getattr(args, k) for k in switches})
+    if state and state["step"] == args.steps:
+        return folder
+    torch.manual_seed(args.seed * 10 + 5)
+    device = pick_device(args.device)
+    start = os.path.join("runs", args.name, "speech")
+    model = load_model(start, device)
+    reference = load_model(start, device) if args.beta else None
+    parameters = sft.trained_parameters("grpo", model)
+    opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
+    first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
+    drawn = state["drawn"] if state else 0  # batches; with dynamic sampling it is not the number of steps
+    log = sft.Log(folder, first)
+    dev = sft.dev_set("speech", model, corpus, args)
+    dev_refs = [item["text"] for item in dev]
+    if not state:  # GRPO may not end worse on dev than where it began
+        best = wer(count_errors(dev_refs, transcribe(model, dev)))
+        sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
+    bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
+    loader = sft.batches(corpus, "grpo", args.prompts, range(drawn, args.steps * (args.max_draws if args.dynamic_sampling else 1)), args.workers)
+    started = saved = time.time()
+    for step in bar:
+        row = {}
+        parts = gather_rollouts(model, loader, args, device, row)
+        drawn += len(parts)
+        update(model, reference, opts, parameters, parts, args, row, step, device)
+        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}", kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
+        if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
+            row["dev"] = wer(count_errors(dev_refs, transcribe(model, dev)))
+            if row["dev"] <= best:
+                best = row["dev"]
+                sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
+        log(step=step + 1, seconds=seconds + time.time() - started, **row)
+        if step + 1 == args.steps or time.time() - saved > sft.SAVE_SECONDS:
+            state = sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
+            sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn})
+            saved = time.time()
+    return folder
+
+
+def update(model, reference, opts, parameters, parts, args, row, step, device):
+    """--updates optimiser steps on one step's groups; fills `row` with what to log."""
+    # Groups without variance have no gradient but the KL's; without a KL they need no backward pass at all.
+    pieces, n_groups = [], 0
+    for frames, lengths, tokens, n, advantages, varied in parts:
+        keep = varied if args.dynamic_sampling or not args.beta else torch.ones_like(varied)
+        n_groups += int(keep.sum()) if args.dynamic_sampling else len(keep)
+        index = keep.nonzero()[:, 0]
+        for rows in index.split(args.micro):
+            each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
+            pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), None])
+    n_sequences = max(1, n_groups * args.G)
+    n_tokens = max(1, sum(int(p[3].sum()) for p in parts))
+    model.train()
+    for u in range(args.updates):
+        total = held = kl = entropy_sum = seen = 0.0
+        for piece in pieces:
+            frames, lengths, tokens, n, advantages, old = piece
+            tokens = tokens[:, :int(n.max())]
+            mask = length_mask(n, tokens.shape[1])                             # (N, T)
+            with autocast(device):
+                prompt = model.prefill(*model.embed_prompt(frames, lengths))
+                logp, entropy = model.token_logps(tokens, prompt, args.temperature)
+                ref = None
+                if reference is not None:
+                    with torch.no_grad():
+                        ref, _ = reference.token_logps(tokens, reference.prefill(*reference.embed_prompt(frames, lengths)), args.temperature)
+            if u == 0:
+                piece[5] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
+                old = piece[5]
+            weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
+            loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high)
+            loss.backward()
+            with torch.no_grad():
+                total, held, seen = total + float(loss), held + float(clip), seen + float(mask.sum())
+                entropy_sum += float((entropy * mask).sum())
+                if ref is not None:
+                    gap = (ref - logp).masked_fill(~mask, 0.0)
+                    kl += float((gap.exp() - gap - 1).sum())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps))
+    seen = max(1.0, seen)
+    row.update(loss=total, clip=held / seen, kl=kl / seen, entropy=entropy_sum / seen, grad_norm=float(norm))
+    row["truncated"] = float(torch.cat([(p[3] == args.max_new).float() for p in parts]).mean())
+
+
+def report(args, corpus, folder):
+    """Evaluates SFT, SFT continued and GRPO on every test set, prints the table, writes result.json."""
+    device = pick_device(args.device)
+    paths = {"SFT": "speech", "SFT continued": "control", f"{args.algo} ({args.reward})": os.path.basename(folder)}
+    models = {name: load_model(os.path.join("runs", args.name, path), device) for name, path in paths.items()}
+    last = list(models)[-1]
+    result = {"config": vars(args), "sets": {}}
+    for test in [name for name in corpus.sets if name != "dev"]:
+        heard = hear_set(models["SFT"], corpus, test, args.workers)
+        refs = [item["text"] for item in heard]
+        hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
+        counts = {name: count_errors(refs, h) for name, h in hyps.items()}
+        print(f"\n{test}: {len(refs)} utterances\n{HEADER}")
+        for name, c in counts.items():
+            print(table_row(name, c))
+        entry = {name: {**summary(c), "interval": wer_interval(c)} for name, c in counts.items()}
+        for base in ("SFT", "SFT continued"):
+            change, (low, high) = compare(counts[base], counts[last])
+            print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}]")
+            entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
+        result["sets"][test] = entry
+        examples = [i for i in range(len(refs)) if hyps["SFT"][i] != hyps[last][i]][:3]
+        for i in examples:
+            print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")
+    with open(os.path.join(folder, "result.json.tmp"), "w") as f:
+        json.dump(result, f, indent=1)
+    os.replace(os.path.join(folder, "result.json.tmp"), os.path.join(folder, "result.json"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""The mouth: a Llama 3 decoder, and the speech language model that puts an encoder's frames into its prompt.
+
+    <User> <BOS> Convert speech to text <S-BOS> s_1 .. s_N <System>  |  <BOS> x_1 .. x_T <EOS>
+    ----------------------- prompt, run once per utterance ---------    --- response, G per utterance ---
+
+(2509.01939, section II.) s_n are the frozen encoder's frames after one linear projection. The vertical bar is the one
+idea of this file: everything to its left is the same for the G samples of a group, so `SpeechLM.prefill` runs it once
+and returns its keys and values, and the responses' attention reads those where they are. Sampling, beam search, SFT
+and the policy loss (with gradient) all go through the same two functions, `prefill` and `extend`; therefore the
+log-probabilities of a rollout are those of training.
+
+The decoder is Llama 3's (2407.21783): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions, S positions so
+far, D model width, H query heads, K key-value heads, R = H / K, hd width of a head, V tokens.
+"""
+import io
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from encoder import Encoder, EncoderConfig, length_mask
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab: int = 300
+    d: int = 128
+    n_layers: int = 3
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    ffn: int = 384
+    tie: bool = True            # the output head is the embedding
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-5
+
+
+# The shapes of 2509.01939, section III; "8 KV groups" for both; the text says that the 8B ties its embeddings.
+LLAMAS = {
+    "tiny": LlamaConfig(),
+    "2b": LlamaConfig(vocab=187178, d=2048, n_layers=24, n_heads=16, n_kv_heads=8, ffn=8192, tie=False),
+    "8b": LlamaConfig(vocab=187178, d=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn=16384, tie=True),
+}
+
+# ---------------------------------------------------------------------------------------------- tokens
+PAD, BOS, EOS, USER, SYSTEM, S_BOS = range(6)  # PAD is nobody else's id: it is CTC's blank and fills rows, no more
+INSTRUCTION = "Convert speech to text"
+
+
+def train_tokenizer(texts, vocab):
+    """A sentencepiece BPE model of at most `vocab` tokens from a list of strings, as bytes (they go into the checkpoint)."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([INSTRUCTION] * max(1, len(texts) // 100) + list(texts)), model_writer=out,
+        vocab_size=vocab, model_type="bpe", hard_vocab_limit=False, byte_fallback=False, character_coverage=1.0,
+        pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=6, control_symbols=["<User>", "<System>", "<S-BOS>"],
+        normalization_rule_name="identity", minloglevel=2)
+    return out.getvalue()
+
+
+def load_tokenizer(data):
+    """Bytes of `train_tokenizer` -> sentencepiece processor with encode(text) and decode(ids)."""
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+
+# ---------------------------------------------------------------------------------------------- decoder
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension, in fp32."""
+
+    def __init__(self, d, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (2104.09864): dimensions i and i + hd / 2 turn together. x (N, T, heads, hd), cos and sin (N, T, 1, hd)."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of T new positions over their own past and over a prompt shared by G rows."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.K, self.hd = c.n_heads, c.n_kv_heads, c.d // c.n_heads
+        self.wq = nn.Linear(c.d, self.H * self.hd, bias=False)
+        self.wk = nn.Linear(c.d, self.K * self.hd, bias=False)
+        self.wv = nn.Linear(c.d, self.K * self.hd, bias=False)
+        self.wo = nn.Linear(self.H * self.hd, c.d, bias=False)
+
+    def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, start=0):
+        """x (N, T, D); bias broadcasts to (N, 1, 1, T, S) and is added to the scores: 0 or -inf.
+
+        shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
+        cache: preallocated keys and values (N, K, longest, hd); positions start .. start + T are written by index.
+        Returns (N, T, D) and this call's own keys and values.
+        """
+        N, T, _ = x.shape
+        q = rotate(self.wq(x).view(N, T, self.H, self.hd), *rope)
+        k = rotate(self.wk(x).view(N, T, self.K, self.hd), *rope).transpose(1, 2)        # (N, K, T, hd)
+        v = self.wv(x).view(N, T, self.K, self.hd).transpose(1, 2)                       # (N, K, T, hd)
+        own = (k, v)
+        if cache is not None:
+            cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
+            k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]                # (N, K, S, hd)
+        R = self.H // self.K
+        q = q.view(N, T, self.K, R, self.hd).permute(0, 2, 3, 1, 4) / math.sqrt(self.hd)  # (N, K, R, T, hd)
+        score = (q.reshape(N, self.K, R * T, self.hd) @ k.transpose(2, 3)).view(N, self.K, R, T, -1) + bias
+        if shared is None:
+            mixed = score.float().softmax(-1).to(v.dtype).view(N, self.K, R * T, -1) @ v  # (N, K, R T, hd)
+        else:
+            # The G rows of a group ask the same keys, so their queries lie side by side in one product: the prompt is
+            # neither copied G times nor read G times.
+            pk, pv = shared
+            B, P = pk.shape[0], pk.shape[2]
+            G = N // B
+            side = q.reshape(B, G, self.K, R * T, self.hd).transpose(1, 2).reshape(B, self.K, G * R * T, self.hd)
+            far = side @ pk.transpose(2, 3) + shared_bias                                 # (B, K, G R T, P)
+            far = far.view(B, self.K, G, R, T, P).transpose(1, 2).reshape(N, self.K, R, T, P)
+            weight = torch.cat([far, score], dim=-1).float().softmax(-1).to(v.dtype)      # (N, K, R, T, P + S)
+            far = weight[..., :P].reshape(B, G, self.K, R * T, P).transpose(1, 2).reshape(B, self.K, G * R * T, P)
+            mixed = (far @ pv).view(B, self.K, G, R * T, self.hd).transpose(1, 2).reshape(N, self.K, R * T, self.hd)
+            mixed = mixed + weight[..., P:].reshape(N, self.K, R * T, -1) @ v             # (N, K, R T, hd)
+        mixed = mixed.reshape(N, self.K * R, T, self.hd).transpose(1, 2).reshape(N, T, -1)
+        return self.wo(mixed), own
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each after an RMSNorm and added to what came in."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(c.d, c.norm_eps), RMSNorm(c.d, c.norm_eps)
+        self.attn = Attention(c)
+        self.gate, self.up = nn.Linear(c.d, c.ffn, bias=False), nn.Linear(c.d, c.ffn, bias=False)
+        self.down = nn.Linear(c.ffn, c.d, bias=False)
+
+    def forward(self, x, *context):
+        mixed, own = self.attn(self.norm1(x), *context)
+        x = x + mixed
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h)), own
+
+
+class Llama(nn.Module):
+    """Embeddings (N, T, D) -> hidden states (N, T, D) and each layer's keys and values."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab, c.d)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(c.d, c.norm_eps)
+        if not c.tie:
+            self.head = nn.Linear(c.d, c.vocab, bias=False)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+        for layer in self.layers:  # what is added to the residual stream starts small (GPT-2)
+            for p in (layer.attn.wo.weight, layer.down.weight):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers))
+
+    def forward(self, x, positions, bias, prompt=None, caches=None, start=0):
+        c = self.config
+        hd = c.d // c.n_heads
+        freq = c.rope_theta ** (-torch.arange(0, hd, 2, device=x.device) / hd)
+        angle = (positions[..., None] * freq).repeat(1, 1, 2)[:, :, None]      # (N, T, 1, hd), fp32
+        rope = angle.cos(), angle.sin()
+        kv = []
+        for i, layer in enumerate(self.layers):
+            shared = (None, None) if prompt is None else (prompt.kv[i], prompt.bias)
+            x, own = layer(x, rope, bias, *shared, None if caches is None else caches[i], start)
+            kv.append(own)
+        return self.norm(x), kv
+
+    def logits(self, hidden):
+        """(.., D) -> (.., V), fp32."""
+        return F.linear(hidden, self.embed.weight if self.config.tie else self.head.weight).float()
+
+
+def causal_bias(T, S, device):
+    """(T, S): the last T of S positions see themselves and what came before. -inf elsewhere."""
+    seen = torch.arange(S, device=device) <= torch.arange(S - T, S, device=device)[:, None]
+    return torch.zeros(T, S, device=device).masked_fill(~seen, -math.inf)
+
+
+class Prompt(NamedTuple):
+    """What `prefill` leaves of B prompts: the keys and values of each layer, what is padding, how long they are."""
+    kv: list             # per layer: keys and values, (B, K, P, hd) each
+    bias: torch.Tensor   # (B, 1, 1, P): 0, or -inf on the left padding
+    length: torch.Tensor  # (B,) without padding
+
+
+# ---------------------------------------------------------------------------------------------- speech LM
+class SpeechLM(nn.Module):
+    """Frozen encoder -> linear projection -> Llama. The tokenizer's bytes travel with it."""
+
+    def __init__(self, encoder_config, llama_config, tokenizer_bytes):
+        super().__init__()
+        self.encoder = Encoder(encoder_config)
+        self.projection = nn.Linear(encoder_config.d, llama_config.d)
+        self.llm = Llama(llama_config)
+        self.tokenizer_bytes, self.tokenizer = tokenizer_bytes, load_tokenizer(tokenizer_bytes)
+
+    def configs(self):
+        """What `SpeechLM(*..)` needs to build this model again."""
+        return self.encoder.config, self.llm.config, self.tokenizer_bytes
+
+    @torch.no_grad()
+    def hear(self, mel, lengths):
+        """Log-mel (B, T, M) -> the frozen encoder's frames (B, T / 4, D) and lengths in frames of 40 ms."""
+        self.encoder.eval()
+        return self.encoder(mel, lengths)
+
+    def embed_prompt(self, frames, lengths, instruction=INSTRUCTION):
+        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the left, and (B,) lengths."""
+        before = [USER, BOS, *self.tokenizer.encode(instruction), S_BOS]
+        before, after = (self.llm.embed(torch.tensor(ids, device=frames.device)) for ids in (before, [SYSTEM]))
+        heard = self.projection(frames)                                        # (B, T, D)
+        rows = [torch.cat([before, row[:n], after]) for row, n in zip(heard, lengths.tolist())]
+        return left_pad(rows), lengths + len(before) + 1
+
+    def prefill(self, x, length):
+        """Runs B left-padded prompts x (B, P, D) of `length` (B,) through the decoder once -> Prompt."""
+        P = x.shape[1]
+        real = length_mask(length, P).flip(1)                                  # (B, P)
+        pad_bias = torch.zeros(real.shape, device=x.device).masked_fill(~real, -math.inf)[:, None, None]  # (B, 1, 1, P)
+        bias = causal_bias(P, P, x.device) + pad_bias                          # (B, 1, P, P)
+        bias.diagonal(dim1=-2, dim2=-1).zero_()  # a pad sees itself: a row of -inf alone would be NaN
+        positions = (torch.arange(P, device=x.device) - (P - length)[:, None]).clamp(min=0)  # (B, P)
+        _, kv = self.llm(x, positions, bias[:, :, None])
+        return Prompt(kv, pad_bias, length)
+
+    def extend(self, tokens, prompt=None, caches=None, start=0):
+        """Hidden states (N, T, D) of response tokens (N, T), row n after prompt n // G; without a prompt, of plain text.
+
+        With caches, these are positions start .. start + T of responses whose earlier part is in there.
+        """
+        N, T = tokens.shape
+        positions = torch.arange(start, start + T, device=tokens.device).expand(N, T)
+        if prompt is not None:
+            positions = positions + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]
+        bias = causal_bias(T, start + T, tokens.device)
+        return self.llm(self.llm.embed(tokens), positions, bias, prompt, caches, start)[0]
+
+    def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):
+        """Log-probabilities (N, T) of targets (N, T) = x_1 .. x_T <EOS>, and the entropy (N, T) there, in nats, fp32.
+
+        The decoder is fed <BOS> x_1 .. x_T; padding after <EOS> is seen by nobody before it, so mask it afterwards.
+        Logits exist on the response only; with `chunk`, on that many positions at a time, made again in the backward pass.
+        """
+        start = torch.full_like(targets[:, :1], BOS)
+        hidden = self.extend(torch.cat([start, targets[:, :-1]], dim=1), prompt)          # (N, T, D)
+
+        def score(hidden, targets):
+            logits = self.llm.logits(hidden) / temperature                     # (N, T, V)
+            norm = logits.logsumexp(-1)
+            with torch.no_grad():
+                entropy = norm - (logits.softmax(-1) * logits).sum(-1)
+            return logits.gather(-1, targets[..., None])[..., 0] - norm, entropy
+
+        if chunk is None:
+            return score(hidden, targets)
+        parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk, 1), targets.split(chunk, 1))]
+        return tuple(torch.cat(p, dim=1) for p in zip(*parts))
+
+    def new_caches(self, N, longest, like):
+        """Preallocated keys and values for N responses of up to `longest` tokens: per layer (2, N, K, longest, hd)."""
+        c = self.llm.config
+        return [like.new_empty(2, N, c.n_kv_heads, longest, c.d // c.n_heads) for _ in range(c.n_layers)]
+
+    def decode(self, tokens, lengths):
+        """Token rows (N, T), valid for `lengths` (N,) -> N strings; <EOS> and the other control tokens are silent."""
+        return self.tokenizer.decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())])
+
+
+def left_pad(rows):
+    """Tensors (n_i, D) -> (B, max n, D) with zeros on the left, so that all prompts end together."""
+    longest = max(len(row) for row in rows)
+    return torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+
+
+def right_pad(rows, device=None):
+    """Lists of token ids -> (B, max n) filled with PAD on the right, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    out = torch.full((len(rows), max(1, int(lengths.max()))), PAD)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+    return out.to(device), lengths.to(device)
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+def filter_logits(logits, top_k=None, top_p=1.0, min_p=0.0):
+    """Logits (N, V) with everything outside the top k, the nucleus p or min_p * the best probability at -inf.
+
+    top_k keeps k tokens; top_p (Holtzman et al., 1904.09751) the fewest likeliest whose sum reaches p; min_p
+    (2407.01082) those at least min_p times as likely as the best.
+    """
+    if top_k:
+        worst = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, -math.inf)
+    if top_p < 1:
+        ranked, order = logits.sort(dim=-1, descending=True)
+        p = ranked.softmax(-1)
+        drop = p.cumsum(-1) - p >= top_p  # the sum before a token has already reached p
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(min_p), -math.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """Samples G responses for each of B prompts; temperature 0 is greedy.
+
+    Returns tokens (N, T) = x_1 .. <EOS> <PAD>.. with N = B * G and T <= max_new, lengths (N,) that count <EOS>, and
+    the tokens' log-probabilities (N, T) under the distribution they were drawn from (0 on padding; greedy: under the
+    model's). A row without <EOS> has been truncated. The penalty (CTRL, 1909.05858) is on the response's own tokens.
+    """
+    N, device = len(prompt.length) * G, prompt.length.device
+    caches = model.new_caches(N, max_new, prompt.kv[0][0])
+    tokens = torch.full((N, max_new), PAD, device=device)
+    logps = torch.zeros(N, max_new, device=device)
+    token = torch.full((N, 1), BOS, device=device)
+    done = torch.zeros(N, dtype=torch.bool, device=device)
+    lengths = torch.zeros(N, dtype=torch.long, device=device)
+    for t in range(max_new):
+        logits = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1]          # (N, V)
+        if repetition_penalty != 1 and t:
+            said = torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens[:, :t], True)
+            logits = torch.where(said, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)                            # (N, 1)
+        else:
+            logits = filter_logits(logits / temperature, top_k, top_p, min_p)
+            # The largest p_i / e_i with e_i ~ Exp(1) is i with probability p_i, without a host synchronisation.
+            p = logits.softmax(-1)
+            token = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+        logp = logits.log_softmax(-1).gather(1, token)[:, 0]
+        token = token.masked_fill(done[:, None], PAD)
+        tokens[:, t], logps[:, t] = token[:, 0], logp.masked_fill(done, 0.0)
+        lengths += ~done  # counted, not read off the tokens: nothing forbids a model to write <PAD> itself
+        done = done | (token[:, 0] == EOS)
+        if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then
+            break
+    longest = int(lengths.max())
+    return tokens[:, :longest], lengths, logps[:, :longest]
+
+
+@torch.no_grad()
+def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
+    """The W best responses of each prompt, best first, by log-probability / length ** length_penalty (length counts <EOS>).
+
+    A finished hypothesis stays in the beam, where it competes with what can still grow; so a beam as wide as the
+    space is exhaustive search, and W = 1 is greedy. Returns tokens (N, T), lengths (N,), scores (N,), N = B * W.
+    """
+    B, device, V = len(prompt.length), prompt.length.device, model.llm.config.vocab
+    N = B * W
+    caches = model.new_caches(N, max_new, prompt.kv[0][0])
+    tokens = torch.full((N, max_new), PAD, device=device)
+    logp = torch.full((B, W), -math.inf, device=device)
+    logp[:, 0] = 0  # W copies of nothing would find the same W hypotheses: begin with one
+    lengths = torch.zeros(B, W, device=device)
+    done = torch.zeros(B, W, dtype=torch.bool, device=device)
+    token = torch.full((N, 1), BOS, device=device)
+    first_row = torch.arange(B, device=device)[:, None] * W
+    only_pad = torch.full((V,), -math.inf, device=device)
+    only_pad[PAD] = 0
+    for t in range(max_new):
+        step = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1].log_softmax(-1).view(B, W, V)
+        step = torch.where(done[..., None], only_pad, step)                    # (B, W, V)
+        total = logp[..., None] + step                                         # (B, W, V)
+        length = (lengths + ~done)[..., None]                                  # (B, W, 1)
+        best = (total / length ** length_penalty).flatten(1).topk(W, dim=1).indices       # (B, W) of W * V
+        parent, token = best // V, best % V
+        logp = total.flatten(1).gather(1, best)
+        rows = (first_row + parent).flatten()                                  # (N,)
+        done, lengths = done.gather(1, parent), lengths.gather(1, parent)
+        tokens = tokens[rows]
+        tokens[:, t] = token.flatten()
+        lengths = lengths + ~done
+        done = done | (token == EOS)
+        for cache in caches:  # the rows follow their parents; only the part that is written
+            cache[:, :, :, :t + 1] = cache[:, rows, :, :t + 1]
+        token = token.view(N, 1)
+        if t % 4 == 3 and done.all():
+            break
+    order = (logp / lengths ** length_penalty).sort(dim=1, descending=True)
+    rows = (first_row + order.indices).flatten()
+    lengths = lengths.flatten()[rows].long()
+    return tokens[rows][:, :int(lengths.max())], lengths, order.values.flatten()

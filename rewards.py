@@ -1,0 +1,243 @@
+"""Rewards of generated text, and the rates that evaluate it: word error rate, exact match, edits, BLEU.
+
+A reward is a plain function of two strings, reference `ref` and hypothesis `hyp`; higher is better.  With
+S substitutions, D deletions, I insertions that turn the N words of `ref` into those of `hyp`:
+
+    wer    -(S + D + I) / N     arXiv 2509.01939 (GRPO for speech recognition)
+    em     1[ref = hyp]         arXiv 2509.01939
+    ed     -(S + D + I)         arXiv 2509.01939
+    bleu   sentence BLEU        arXiv 2509.16990 (GRPO for speech translation and question answering)
+
+The first three see normalised text, the same `normalize` that evaluation applies; BLEU sees the strings as
+given.  `word_error_rate` agrees with jiwer 4.0 and BLEU with sacreBLEU 2.6, so figures compare with published
+ones; neither package is needed here.  Order: normalisation, edit alignment, word error rate, BLEU, REWARDS.
+"""
+
+import functools
+import math
+import re
+import unicodedata
+from collections import Counter
+
+# --------------------------------------------------------------------------------------------- normalisation
+
+# What keyboards and web text use for an apostrophe: single quotes, modifier letter, acute, backtick.
+APOSTROPHES = str.maketrans("’‘ʼ´`", "'''''")
+# An apostrophe that lacks a letter on one side.  When this runs, only letters, marks, numbers, apostrophes
+# and spaces are left, so "not an apostrophe, not a space" means letter, mark or number.
+OUTER_APOSTROPHE = re.compile(r"(?<![^' ])'|'(?![^' ])")
+
+
+@functools.lru_cache(maxsize=None)
+def _normalize_character(character):
+    category = unicodedata.category(character)
+    if category == "Pd" or character.isspace():  # hyphens and dashes separate words
+        return " "
+    # Marks (M) are kept with letters and numbers: Hindi vowel signs, for one, are marks and not letters.
+    return character if character == "'" or category[0] in "LMN" else ""
+
+
+def normalize(text):
+    """Text as rewards and evaluation compare it: lower case, no punctuation, single spaces.
+
+    NFKC; lower case; hyphens and dashes become spaces; apostrophes stay inside words, curly ones made
+    straight; other punctuation, symbols and control characters go and leave no space ("1,000" is "1000").
+    Letters, numbers and combining marks of every script stay.  Idempotent.  Returns a string, perhaps empty.
+    """
+    # The first translation is for the acute, which NFKC turns into space + combining mark; the second for ŉ,
+    # which NFKC turns into modifier apostrophe + n.
+    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).translate(APOSTROPHES).lower()
+    text = OUTER_APOSTROPHE.sub("", "".join(map(_normalize_character, text)))
+    # Removals can bring a letter next to an accent ("e.\u0301"); composing them keeps normalize idempotent.
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+# -------------------------------------------------------------------------------------------- edit alignment
+
+# jiwer's default splitting: a plain space, or two or more whitespace characters of any kind, separate words;
+# a single tab, newline or no-break space inside the text does not.
+WORD_SEPARATOR = re.compile(r"\s{2,}| ")
+
+
+def _split_words(text):
+    text = text.strip()
+    return WORD_SEPARATOR.split(text) if text else []
+
+
+def edit_counts(ref, hyp):
+    """(substitutions, deletions, insertions) of a minimal word alignment that turns `ref` into `hyp`.
+
+    Two strings, taken as given (no normalisation) and split as jiwer does.  Counts are ints, in words.  Of
+    the alignments with the fewest edits, this is the one that jiwer 4 (rapidfuzz) reports.  Levenshtein
+    distance by dynamic programming (Wagner and Fischer 1974): time and memory grow as the product of lengths.
+    """
+    ref, hyp = _split_words(ref), _split_words(hyp)
+    if ref == hyp:  # the commonest case late in training
+        return 0, 0, 0
+    # Some minimal alignment matches the words shared at both ends.  Leaving them out is faster and, at the
+    # end, part of the tie-breaking: "c b e" -> "b e a e" is (2, 0, 1) with e and e matched, else (0, 1, 2).
+    start, ref_end, hyp_end = 0, len(ref), len(hyp)
+    while start < min(ref_end, hyp_end) and ref[start] == hyp[start]:
+        start += 1
+    while start < min(ref_end, hyp_end) and ref[ref_end - 1] == hyp[hyp_end - 1]:
+        ref_end, hyp_end = ref_end - 1, hyp_end - 1
+    ref, hyp = ref[start:ref_end], hyp[start:hyp_end]
+
+    # cost[i][j]: fewest edits from the first i words of ref to the first j words of hyp.
+    above = list(range(len(hyp) + 1))
+    cost = [above]
+    for i, word in enumerate(ref, 1):
+        left, row = i, [i]
+        for j, other in enumerate(hyp):
+            best = above[j]
+            if word != other:  # comparisons, not min(): this loop is where training would wait
+                if above[j + 1] < best:
+                    best = above[j + 1]
+                if left < best:
+                    best = left
+                best += 1
+            row.append(best)
+            left = best
+        cost.append(row)
+        above = row
+
+    # Walk back from the end.  Ties, as rapidfuzz breaks them: a deletion wherever one is optimal; else an
+    # insertion, unless a substitution costs the same (an insertion does beat a match); else the diagonal.
+    substitutions = deletions = insertions = 0
+    i, j = len(ref), len(hyp)
+    while i and j:
+        if cost[i - 1][j] < cost[i][j]:
+            deletions += 1
+            i -= 1
+        elif cost[i][j - 1] < cost[i - 1][j - 1]:
+            insertions += 1
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            substitutions += ref[i] != hyp[j]
+    return substitutions, deletions + i, insertions + j
+
+
+# ------------------------------------------------------------------------------------------- word error rate
+
+
+def _as_lists(refs, hyps):
+    refs, hyps = ([texts] if isinstance(texts, str) else list(texts) for texts in (refs, hyps))
+    if len(refs) != len(hyps):
+        raise ValueError(f"{len(refs)} references but {len(hyps)} hypotheses: they must pair up")
+    return refs, hyps
+
+
+def word_error_rate(refs, hyps):
+    """Word error rate in percent: 100 * (all edits) / (all reference words), over the whole corpus.
+
+    Lists of strings (or two strings), taken as given: `normalize` them first.  Can exceed 100.  An empty
+    reference adds its hypothesis's words as insertions; with no reference words at all the divisor is 1, as
+    in jiwer 4.  Not the mean of utterances' rates: that overweighs short ones.  ValueError if lengths differ.
+    """
+    refs, hyps = _as_lists(refs, hyps)
+    errors = sum(sum(edit_counts(ref, hyp)) for ref, hyp in zip(refs, hyps))
+    return 100 * (errors / max(1, sum(len(_split_words(ref)) for ref in refs)))
+
+
+# ------------------------------------------------------------------------------------------------------ BLEU
+
+MAX_ORDER = 4  # BLEU-4, as everywhere
+# The 13a tokeniser (NIST's mteval-v13a.pl, sacreBLEU's default), as rewriting steps in their order.
+LITERALS_13A = [("<skipped>", ""), ("-\n", ""), ("\n", " "),
+                ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")]
+# Matches consume their neighbours, so that runs such as "..." split as in 13a; lookarounds would not.
+PATTERNS_13A = [(re.compile(pattern), replacement) for pattern, replacement in [
+    (r"([!-&(-+/:-@[-`{-~])", r" \1 "),  # ASCII punctuation, all but ' , - .
+    (r"([^0-9])([.,])", r"\1 \2 "),      # period or comma, unless a digit precedes
+    (r"([.,])([^0-9])", r" \1 \2"),      # period or comma, unless a digit follows
+    (r"([0-9])-", r"\1 - "),             # hyphen after a digit
+]]
+
+
+def _tokenize_13a(text):
+    text = text.rstrip()
+    for old, new in LITERALS_13A:
+        text = text.replace(old, new)
+    text = f" {text} "  # so that the first and last characters have neighbours
+    for pattern, replacement in PATTERNS_13A:
+        text = pattern.sub(replacement, text)
+    return text.split()
+
+
+def _bleu_counts(ref, hyp):
+    # [reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]
+    ref, hyp = _tokenize_13a(ref), _tokenize_13a(hyp)
+    counts = [len(ref), len(hyp)]
+    for n in range(1, MAX_ORDER + 1):
+        ref_ngrams, hyp_ngrams = (Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (ref, hyp))
+        counts.append(sum((ref_ngrams & hyp_ngrams).values()))  # & takes minima: the clipped counts
+        counts.append(max(0, len(hyp) - n + 1))
+    return counts
+
+
+def _bleu(counts, effective_order):
+    ref_length, hyp_length, matched, totals = counts[0], counts[1], counts[2::2], counts[3::2]
+    if not any(matched):
+        return 0.0
+    log_precisions, smoothing = [], 1.0
+    for match, total in zip(matched, totals):
+        if total == 0:  # the hypothesis is too short for n-grams of this order
+            break
+        if match == 0:  # exponential smoothing: the k-th order without a match counts as 1 / 2**k matches
+            smoothing /= 2
+            match = smoothing
+        log_precisions.append(math.log(match / total))
+    if len(log_precisions) < MAX_ORDER and not effective_order:
+        return 0.0
+    log_brevity_penalty = min(0.0, 1 - ref_length / hyp_length)
+    return math.exp(log_brevity_penalty + sum(log_precisions) / len(log_precisions))
+
+
+def sentence_bleu(ref, hyp):
+    """BLEU of one sentence against one reference, in [0, 1]; 0 for an empty hypothesis, 1 for `ref` itself.
+
+    Equals sacreBLEU's sentence_bleu(hyp, [ref]).score / 100: 13a tokens of the strings as given (case and
+    punctuation count), orders 1-4 (Papineni et al. 2002), exponential smoothing of orders without a match
+    (Chen and Cherry 2014, method 3), and effective order: orders longer than the hypothesis are left out of
+    the mean, so that short sentences score too.
+    """
+    return _bleu(_bleu_counts(ref, hyp), effective_order=True)
+
+
+def corpus_bleu(refs, hyps):
+    """BLEU of a corpus, one reference each, in [0, 100]: sacreBLEU's corpus_bleu(hyps, [refs]).score.
+
+    N-gram counts are summed over the corpus before precisions are formed; otherwise as `sentence_bleu`, but
+    without effective order (no 4-grams, score 0).  ValueError if lengths differ or there are no sentences.
+    """
+    refs, hyps = _as_lists(refs, hyps)
+    if not refs:
+        raise ValueError("corpus BLEU of no sentences is undefined")
+    counts = [sum(column) for column in zip(*map(_bleu_counts, refs, hyps))]
+    return 100 * _bleu(counts, effective_order=False)
+
+
+# --------------------------------------------------------------------------------------------------- REWARDS
+
+
+def wer_reward(ref, hyp):
+    """-(S + D + I) / N on normalised text, N = max(1, words of ref).  At most 0, and not bounded below."""
+    ref, hyp = normalize(ref), normalize(hyp)
+    return -sum(edit_counts(ref, hyp)) / max(1, len(_split_words(ref)))
+
+
+def exact_match_reward(ref, hyp):
+    """1.0 where the normalised texts are equal, else 0.0."""
+    return float(normalize(ref) == normalize(hyp))
+
+
+def edit_distance_reward(ref, hyp):
+    """-(S + D + I) on normalised text, in words: an utterance weighs by its errors, whatever its length."""
+    return float(-sum(edit_counts(normalize(ref), normalize(hyp))))
+
+
+# Rewards by name.  To add one, write a function of (ref, hyp) that returns a float, higher for better, and
+# name it here; for instance, one for hypotheses that start as the reference does:
+#     "first": lambda ref, hyp: float(normalize(ref).split()[:1] == normalize(hyp).split()[:1]),
+REWARDS = {"wer": wer_reward, "em": exact_match_reward, "ed": edit_distance_reward, "bleu": sentence_bleu}

@@ -1,0 +1,338 @@
+"""The stages before RL, from nothing: encoder (CTC), text (Eq. 1), speech (Eq. 2), and SFT's continuation as a control.
+
+    python sft.py --stage encoder         # the conformer learns to hear, with CTC; frozen afterwards
+    python sft.py --stage text            # the Llama learns to write: next token on text, Eq. 1 of 2509.01939
+    python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
+    python sft.py --stage control         # more of the same, the yardstick that GRPO has to beat
+
+Each stage begins where the one before it stopped (what is missing is run first), keeps the checkpoint that was best on
+dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
+reused and an interrupted one goes on where it was, to the same numbers.
+
+Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from encoder import EncoderConfig, length_mask, spec_augment
+from eval import Chunks, autocast, collate, count_errors, hear_set, load_model, pick_device, transcribe, wer
+from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_tokenizer
+from rewards import normalize, word_error_rate
+
+ORDER = ["encoder", "text", "speech", "control"]
+SAVE_SECONDS = 20  # between two checkpoints: what an interruption costs at most
+
+
+def add_arguments(p):
+    """The flags that sft.py and grpo.py share."""
+    p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
+    p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
+    p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
+    p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
+    p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
+    p.add_argument("--encoder-steps", type=int, default=320, help="optimiser steps of the stage encoder")
+    p.add_argument("--encoder-batch", type=int, default=16, help="utterances a step")
+    p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
+    p.add_argument("--text-steps", type=int, default=150, help="optimiser steps of the stage text")
+    p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
+    p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--speech-steps", type=int, default=1300, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-batch", type=int, default=24, help="utterances a step, of speech and control")
+    p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
+    p.add_argument("--speech-passes", type=int, help="times the stage speech hears each of its utterances; default: embedded 3, recorded 1")
+    p.add_argument("--control-steps", type=int, default=400, help="optimiser steps of SFT continued: as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, default=200, help="different batches it hears: those of GRPO's --steps")
+    p.add_argument("--control-lr", type=float, default=3e-4, help="peak learning rate of SFT continued")
+    p.add_argument("--muon-lr", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest")
+    p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in SFT; default: recorded data only")
+    p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
+    p.add_argument("--test-size", type=int, default=600, help="utterances of each embedded test set")
+    p.add_argument("--dev-evals", type=int, default=8, help="how often a stage looks at dev")
+    p.add_argument("--dev-size", type=int, default=150, help="utterances of dev it looks at, at most")
+
+
+def finish_arguments(args):
+    """Fills what depends on other flags: the run's name, its folder, the corpus."""
+    kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
+    args.name = args.name or f"{kind}-{args.seed}"
+    args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
+    args.speech_passes = (1 if args.data else 3) if args.speech_passes is None else args.speech_passes
+    args.data = os.path.abspath(args.data) if args.data else None
+    # One core a worker, the rest for the model: threads that wait for a busy core cost more than they bring.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
+    return data.open_corpus(args.data, args.seed, args.test_size)
+
+
+# ---------------------------------------------------------------------------------------------- runs on disk
+def save(path, state):
+    """torch.save under a temporary name, then renamed: whoever reads `path` sees all of a checkpoint or the one before."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def open_run(folder, config):
+    """Makes the folder, or checks that what is in it was made with the same config. Returns last.pt's state or None."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "config.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            found = json.load(f)
+        for key in sorted(config.keys() | found.keys()):
+            if found.get(key) != config.get(key):
+                data.die(f"{path}: was made with {key} {found.get(key)}, now {config.get(key)}; give another --name or remove {folder}")
+    else:
+        with open(path + ".tmp", "w") as f:
+            json.dump(config, f, indent=1)
+        os.replace(path + ".tmp", path)
+    last = os.path.join(folder, "last.pt")
+    return torch.load(last, map_location="cpu", weights_only=False) if os.path.exists(last) else None
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line. On resuming, lines after the checkpoint's step go: they will come again."""
+
+    def __init__(self, folder, step):
+        path = os.path.join(folder, "metrics.jsonl")
+        kept = []
+        if os.path.exists(path):
+            with open(path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.file = open(path, "w")
+        self.file.writelines(kept)
+
+    def __call__(self, **row):
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.flush()
+
+
+def snapshot(model, opts, step, best, seconds, device):
+    """All that a loop needs to go on as if nothing had happened; the data's order follows from the step."""
+    return {"configs": model.configs(), "model": model.state_dict(), "opts": [o.state_dict() for o in opts], "step": step, "best": best,
+            "seconds": seconds, "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+
+
+def restore(state, model, opts, device):
+    """The opposite of snapshot -> step, best, seconds."""
+    model.load_state_dict(state["model"])
+    for opt, saved in zip(opts, state["opts"]):
+        opt.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"], state["best"], state["seconds"]
+
+
+def optimizers(model, parameters, lr, muon):
+    """AdamW; and Muon (orthogonalised momentum, Jordan et al. 2024) at lr * muon for the matrices between the layers.
+
+    With Muon the tiny conformer needs a third of AdamW's steps (LOG.md, 2026-11-20); muon = 0 is AdamW alone.
+    """
+    hidden = {id(p) for part in (model.encoder.blocks, model.llm.layers) for p in part.parameters() if p.dim() == 2}
+    matrices = [p for p in parameters if muon and id(p) in hidden]
+    opts = [torch.optim.AdamW([p for p in parameters if not (muon and id(p) in hidden)], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if matrices:
+        opts.append(torch.optim.Muon(matrices, lr=lr * muon, weight_decay=0.01))
+    for opt in opts:
+        for group in opt.param_groups:
+            group["peak"] = group["lr"]
+    return opts
+
+
+def step_all(opts, scale):
+    """One step of every optimiser at `scale` times its peak learning rate; clears the gradients."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = group["peak"] * scale
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+
+def cosine(step, steps, warmup):
+    """Linear warm-up to 1, then half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------- data for a stage
+class Batches(torch.utils.data.Dataset):
+    """Batch number k of a stage, a function of (seed, stage, k) alone: so a resumed run sees what it would have seen."""
+
+    def __init__(self, corpus, stage, size):
+        self.corpus, self.stage, self.size = corpus, stage, size
+
+    def __getitem__(self, k):
+        if self.stage == "text":
+            return self.corpus.texts(k, self.size)
+        return collate(self.corpus.train_batch(self.stage, k, self.size))
+
+
+def batches(corpus, stage, size, numbers, workers):
+    """The batches with these numbers, in order, made ahead in worker processes."""
+    # A generator of its own: the loader would draw its workers' seeds from the global one and shift our random numbers.
+    return iter(DataLoader(Batches(corpus, stage, size), batch_size=None, sampler=numbers, num_workers=workers,
+                           prefetch_factor=4 if workers else None, generator=torch.Generator()))
+
+
+def new_model(corpus, args):
+    """Random weights and a tokenizer of the training texts."""
+    texts = corpus.texts(0, 4000)
+    tokenizer = train_tokenizer([normalize(text) for text in texts], args.vocab)
+    units = tuple(sorted({unit for text in texts for unit in corpus.spell(text)}))
+    return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size()), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+def trained_parameters(stage, model):
+    """Encoder: the encoder. Text: the LLM. Speech and control: projection and LLM, never the encoder."""
+    parts = {"encoder": [model.encoder], "text": [model.llm]}.get(stage, [model.projection, model.llm])
+    return [p for part in parts for p in part.parameters()]
+
+
+def targets_of(model, texts, device):
+    """Texts -> x_1 .. x_T <EOS> as (B, U) padded with PAD, and lengths (B,). The first <EOS> is inside the loss."""
+    return right_pad([ids + [EOS] for ids in model.tokenizer.encode([normalize(text) for text in texts])], device)
+
+
+def listen(model, batch, device, augment):
+    """(mel (B, T, M), lengths, items) -> the frozen encoder's frames (B, T', D), lengths, items."""
+    mel, lengths, items = batch
+    mel, lengths = mel.to(device), lengths.to(device)
+    with autocast(device):
+        frames, lengths = model.hear(spec_augment(mel, lengths) if augment else mel, lengths)
+    return frames, lengths, items
+
+
+def stage_loss(stage, model, batch, corpus, device):
+    """Summed negative log-likelihood of a batch in nats, and the number of tokens or units that it is over.
+
+    batch: for text a list of strings, for encoder (mel, lengths, items), for speech and control what `listen` makes of it.
+    """
+    if stage == "text":
+        targets, n = targets_of(model, batch, device)
+        logp, _ = model.token_logps(targets)                                   # Eq. 1: log p(x_t | x_<t)
+    elif stage == "encoder":
+        mel, lengths, items = batch
+        mel, lengths = mel.to(device), lengths.to(device)
+        number = {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
+        targets, n = right_pad([[number[u] for u in corpus.spell(item["text"])] for item in items], device)
+        return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
+    else:
+        frames, lengths, items = batch
+        targets, n = targets_of(model, [item["text"] for item in items], device)
+        prompt = model.prefill(*model.embed_prompt(frames, lengths))
+        logp, _ = model.token_logps(targets, prompt)                           # Eq. 2: log p(x_t | s, x_<t)
+    return -(logp * length_mask(n, targets.shape[1])).sum(), n.sum()
+
+
+@torch.no_grad()
+def dev_score(stage, model, dev, corpus, device):
+    """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, % of words wrong (greedy)."""
+    model.eval()
+    if stage == "text":
+        total = [stage_loss("text", model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
+        return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
+    if stage == "encoder":
+        hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
+        return word_error_rate([" ".join(corpus.spell(item["text"])) for _, _, items in dev for item in items], hyps)
+    return wer(count_errors([item["text"] for item in dev], transcribe(model, dev)))
+
+
+def dev_set(stage, model, corpus, args):
+    """What dev_score wants: texts, batches of features, or items with the frozen encoder's frames."""
+    n = min(args.dev_size, corpus.sets["dev"])
+    if stage == "text":
+        return corpus.dev_texts()[:n]
+    if stage == "encoder":
+        return [batch for batch, _ in zip(Chunks(corpus, "dev"), range(math.ceil(n / 32)))]
+    return hear_set(model, corpus, "dev", args.workers)[:n]
+
+
+# ---------------------------------------------------------------------------------------------- loop
+def run_stage(stage, args, corpus):
+    """Trains one stage, or goes on with it, or finds it done. Returns its folder."""
+    folder = os.path.join("runs", args.name, stage)
+    steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
+    size = args.speech_batch if stage == "control" else getattr(args, f"{stage}_batch")
+    before = ORDER[ORDER.index(stage) - 1] if stage != "encoder" else None
+    fresh = {"speech": -(-steps // args.speech_passes), "control": min(steps, args.control_batches)}.get(stage, steps) * args.accumulate
+    config = {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
+              "accumulate": args.accumulate, "muon_lr": args.muon_lr, "fresh": fresh, "spec_augment": args.spec_augment, "dev_evals": args.dev_evals, "dev_size": args.dev_size}
+    state = open_run(folder, config)
+    if state and state["step"] == steps:
+        return folder
+    torch.manual_seed(args.seed * 10 + ORDER.index(stage))
+    device = pick_device(args.device)
+    model = new_model(corpus, args).to(device) if before is None else load_model(os.path.join("runs", args.name, before), device)
+    parameters = trained_parameters(stage, model)
+    opts = optimizers(model, parameters, lr, args.muon_lr)
+    first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
+    log = Log(folder, first)
+    dev = dev_set(stage, model, corpus, args)
+    if not state and stage == "control":  # the control may not end worse on dev than where it began
+        best = dev_score(stage, model, dev, corpus, device)
+        save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
+    # The frozen encoder's frames of an utterance are the same every time, so later passes take them from `kept`. The
+    # loader makes each batch once; after an interruption it makes those again that are still wanted.
+    order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
+    loader, kept = batches(corpus, stage, size, list(dict.fromkeys(order)), args.workers), {}
+    order = iter(order)
+    bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
+    started = saved = time.time()
+    average = None
+    for step in bar:
+        model.train()
+        total, tokens = 0.0, 0
+        for _ in range(args.accumulate):
+            k = next(order)
+            batch = kept[k] if k in kept else next(loader)
+            if stage in ("speech", "control") and k not in kept:
+                batch = listen(model, batch, device, args.spec_augment)
+                if fresh < steps * args.accumulate:
+                    kept[k] = batch
+            with autocast(device):
+                loss, n = stage_loss(stage, model, batch, corpus, device)
+            loss.backward()
+            total, tokens = total + loss.item(), tokens + int(n)
+        for parameter in parameters:  # a mean over the tokens of the whole optimiser step, not a mean of means
+            if parameter.grad is not None:
+                parameter.grad /= tokens
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)))
+        average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
+        bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
+        if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
+            score = dev_score(stage, model, dev, corpus, device)
+            log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
+            if score < best:
+                best = score
+                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
+        if step + 1 == steps or time.time() - saved > SAVE_SECONDS:
+            save(os.path.join(folder, "last.pt"), snapshot(model, opts, step + 1, best, seconds + time.time() - started, device))
+            saved = time.time()
+    return folder
+
+
+def main():
+    """Command line: see the top of this file."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--stage", choices=ORDER, default="speech", help="the last stage to run; those before it are run or reused")
+    add_arguments(p)
+    args = p.parse_args()
+    corpus = finish_arguments(args)
+    for stage in ORDER[:ORDER.index(args.stage) + 1]:
+        print(f"{stage}: {run_stage(stage, args, corpus)}")
+
+
+if __name__ == "__main__":
+    main()
