@@ -32,11 +32,11 @@ VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no vo
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
 CLEAN_SNR = (20.0, 40.0)                     # dB, against the samples where somebody speaks
 HARD_SNR = (-6.0, 8.0)                       # dB; the knob for how hard `hard` is
-OOD_SNR = (0.0, 10.0)                        # dB
+OOD_SNR = (6.0, 20.0)                        # dB
 VIEW_SNR = (3.0, 25.0)                       # dB of the noise that recorded training speech is heard in
 HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
 OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
-OOD_RT60 = (0.3, 0.8)                        # s for the echo to fall by 60 dB
+OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
 EDGE = (0.05, 0.25)                          # s of silence before the first and after the last word
 # Shares of commands, digit, letter, name and random strings, by `hard`.
 KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
@@ -156,9 +156,9 @@ def voice(rng, condition):
                  breath=rng.uniform(0.02, 0.3), tilt=rng.uniform(900, 5000))
     if condition == "ood":                   # each of the three lies outside what training voices have
         low = rng.random() < 0.5
-        v.update(f0=rng.uniform(58, 78) if low else rng.uniform(325, 420), range=rng.uniform(0.3, 0.6),
-                 tract=rng.uniform(0.80, 0.90) if low else rng.uniform(1.36, 1.5),
-                 rate=rng.uniform(0.62, 0.76) if rng.random() < 0.5 else rng.uniform(1.65, 1.9))
+        v.update(f0=rng.uniform(66, 82) if low else rng.uniform(312, 350), range=rng.uniform(0.26, 0.5),
+                 tract=rng.uniform(0.87, 0.92) if low else rng.uniform(1.33, 1.39),
+                 rate=rng.uniform(0.74, 0.86) if rng.random() < 0.7 else rng.uniform(1.63, 1.7))
     return v
 
 
@@ -362,7 +362,7 @@ def reverberate(audio, rng):
     """Echo: convolve with a dying noise whose RT60 is drawn from OOD_RT60. float32 (n,) -> (n,)"""
     rt60 = rng.uniform(*OOD_RT60)
     n = int(rt60 * SAMPLE_RATE)
-    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n) * rng.uniform(0.03, 0.08)
+    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n) * rng.uniform(0.02, 0.05)
     tail[0] = 1.0                            # the direct sound
     size = 1 << (len(audio) + n - 1).bit_length()
     wet = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(tail, size), size)
@@ -573,9 +573,9 @@ def item_from_line(raw, where, folder, check):
     for key in ("audio_filepath", "text"):
         if key not in item:
             die(f"{where}: no {key!r}; every line needs audio_filepath and text")
-    for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question",
-                "answer"):
-        if key in item and not isinstance(item[key], str):
+    for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question", "answer"):
+        by_lang = key == "translation" and isinstance(item.get(key), dict)         # {"de": "...", "fr": "..."}
+        if key in item and not isinstance(item[key], str) and not by_lang:
             die(f"{where}: {key!r} is {json.dumps(item[key])[:40]}, not a string; put it in quotes")
     for key in ("audio_filepath", "text", "id", "lang", "split"):
         if key in item and not item[key].strip():

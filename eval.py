@@ -63,27 +63,30 @@ def collate(items):
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Consecutive chunks of a test set as batches of features. Made in a worker, beside the model."""
+    """The first n utterances of a set in chunks, as batches of features. Made in a worker, beside the model."""
 
-    def __init__(self, corpus, name, size=32):
+    def __init__(self, corpus, name, n=None, size=32):
         self.corpus, self.name, self.size = corpus, name, size
+        self.n = min(n or corpus.sets[name], corpus.sets[name])
 
     def __len__(self):
-        return math.ceil(self.corpus.sets[self.name] / self.size)
+        return math.ceil(self.n / self.size)
 
     def __getitem__(self, k):
-        n = self.corpus.sets[self.name]
-        return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(n, (k + 1) * self.size))])
+        if k >= len(self):
+            raise IndexError(k)
+        return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(self.n, (k + 1) * self.size))])
 
 
-def hear_set(model, corpus, name, workers=1):
-    """Runs the frozen encoder over a test set once -> items, each with `frames` (T, D) on the CPU.
+def hear_set(model, corpus, name, workers=1, n=None):
+    """Runs the frozen encoder once over a set, or its first n -> items, each with `frames` (T, D) on the CPU.
 
     SFT, control and GRPO share the encoder, so these frames serve all three; 3 s of speech at D = 128 are 38 kB.
     """
     device = next(model.parameters()).device
     heard = []
-    loader = DataLoader(Chunks(corpus, name), batch_size=None, num_workers=workers)
+    # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
+    loader = DataLoader(Chunks(corpus, name, n), batch_size=None, num_workers=workers, generator=torch.Generator())
     for mel, lengths, items in tqdm(loader, desc=f"hear {name}", leave=False):
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))

@@ -216,8 +216,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
     for frames, lengths, tokens, n, advantages, varied in parts:
         keep = varied if args.dynamic_sampling or not args.beta else torch.ones_like(varied)
         n_groups += int(keep.sum()) if args.dynamic_sampling else len(keep)
-        index = keep.nonzero()[:, 0]
-        for rows in index.split(args.micro):
+        for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
             pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), None])
     n_sequences = max(1, n_groups * args.G)
@@ -276,8 +275,7 @@ def report(args, corpus, folder):
             print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}]")
             entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
         result["sets"][test] = entry
-        examples = [i for i in range(len(refs)) if hyps["SFT"][i] != hyps[last][i]][:3]
-        for i in examples:
+        for i in sorted(range(len(refs)), key=lambda i: hyps["SFT"][i] == hyps[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")
     with open(os.path.join(folder, "result.json.tmp"), "w") as f:
         json.dump(result, f, indent=1)

@@ -67,9 +67,13 @@ def finish_arguments(args):
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     args.speech_passes = (1 if args.data else 3) if args.speech_passes is None else args.speech_passes
     args.data = os.path.abspath(args.data) if args.data else None
-    # One core a worker, the rest for the model: threads that wait for a busy core cost more than they bring.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) - args.workers))
+    use_cores(args.workers)
     return data.open_corpus(args.data, args.seed, args.test_size)
+
+
+def use_cores(workers):
+    """One core for each busy worker, the rest for the model: threads that wait for a busy core cost more than they bring."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
 
 
 # ---------------------------------------------------------------------------------------------- runs on disk
@@ -179,9 +183,8 @@ class Batches(torch.utils.data.Dataset):
 
 def batches(corpus, stage, size, numbers, workers):
     """The batches with these numbers, in order, made ahead in worker processes."""
-    # A generator of its own: the loader would draw its workers' seeds from the global one and shift our random numbers.
     return iter(DataLoader(Batches(corpus, stage, size), batch_size=None, sampler=numbers, num_workers=workers,
-                           prefetch_factor=4 if workers else None, generator=torch.Generator()))
+                           prefetch_factor=4 if workers else None, generator=torch.Generator()))  # as in eval.hear_set
 
 
 def new_model(corpus, args):
@@ -250,12 +253,11 @@ def dev_score(stage, model, dev, corpus, device):
 
 def dev_set(stage, model, corpus, args):
     """What dev_score wants: texts, batches of features, or items with the frozen encoder's frames."""
-    n = min(args.dev_size, corpus.sets["dev"])
     if stage == "text":
-        return corpus.dev_texts()[:n]
+        return corpus.dev_texts()[:args.dev_size]
     if stage == "encoder":
-        return [batch for batch, _ in zip(Chunks(corpus, "dev"), range(math.ceil(n / 32)))]
-    return hear_set(model, corpus, "dev", args.workers)[:n]
+        return list(Chunks(corpus, "dev", args.dev_size))
+    return hear_set(model, corpus, "dev", args.workers, args.dev_size)
 
 
 # ---------------------------------------------------------------------------------------------- loop
@@ -291,6 +293,7 @@ def run_stage(stage, args, corpus):
     started = saved = time.time()
     average = None
     for step in bar:
+        use_cores(args.workers if step * args.accumulate < fresh else 0)  # a function of the step: same numbers on resuming
         model.train()
         total, tokens = 0.0, 0
         for _ in range(args.accumulate):
@@ -320,6 +323,7 @@ def run_stage(stage, args, corpus):
         if step + 1 == steps or time.time() - saved > SAVE_SECONDS:
             save(os.path.join(folder, "last.pt"), snapshot(model, opts, step + 1, best, seconds + time.time() - started, device))
             saved = time.time()
+    use_cores(args.workers)
     return folder
 
 
