@@ -33,7 +33,8 @@ HARD_SHARE = 0.7                             # share of hard items in train; the
 CLEAN_SNR = (20.0, 40.0)                     # dB, against the samples where somebody speaks
 HARD_SNR = (-6.0, 8.0)                       # dB; the knob for how hard `hard` is
 OOD_SNR = (6.0, 20.0)                        # dB
-VIEW_SNR = (3.0, 25.0)                       # dB of the noise that recorded training speech is heard in
+VIEW_SNR, HARD_VIEW_SNR = (3.0, 25.0), (-5.0, 10.0)                # dB; the views of recorded speech that train SFT and GRPO
+VIEW_SPEED, HARD_VIEW_SPEED = (0.88, 1.12), (0.8, 1.25)            # times the recorded speed
 HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
 OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
 OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
@@ -473,7 +474,7 @@ GROUP = 4  # batches made together and sorted by length, so that little of a bat
 class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
 
-    def __init__(self, seed, test=600):
+    def __init__(self, seed, test=400):
         self.seed, self.sets = seed, {"dev": 240, "clean": test, "hard": test, "ood": test}
         self.kept = {}
 
@@ -709,7 +710,8 @@ class Recorded:
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
         items = [self.item("train", i) for i in self.shuffled(stream, epoch, size)[j]]
-        return [{**item, "audio": noisy_view(item["audio"], rng)} for item in items]
+        hard = stream in ("grpo", "control")
+        return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
 
     def texts(self, k, size):
         """Batch k of training transcripts for the text stage."""
@@ -728,15 +730,18 @@ class Recorded:
         return list("|".join(words))
 
 
-def noisy_view(audio, rng):
-    """Another take of the same utterance: up to 12% quicker or slower (pitch and formants move along, as from another
-    speaker), and two times in three with noise at VIEW_SNR dB. float32 (n,) -> (n',)"""
-    n = max(2, int(len(audio) / rng.uniform(0.88, 1.12)))
+def noisy_view(audio, rng, hard=False):
+    """Another take of the same utterance: quicker or slower (pitch and formants move along, as from another speaker)
+    and, two times in three, in noise. `hard` goes further in both, always with noise: GRPO learns nothing from an
+    utterance whose transcripts are all alike. float32 (n,) -> (n',)"""
+    n = max(2, int(len(audio) / rng.uniform(*(HARD_VIEW_SPEED if hard else VIEW_SPEED))))
     audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
-    return degrade(mix(audio, uneven_noise(n, rng), rng.uniform(*VIEW_SNR)) if rng.random() < 0.67 else audio, "clean", rng)
+    if hard or rng.random() < 0.67:
+        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*(HARD_VIEW_SNR if hard else VIEW_SNR)))
+    return degrade(audio, "clean", rng)
 
 
-def open_corpus(path, seed, test_size=600):
+def open_corpus(path, seed, test_size=400):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances."""
     return Recorded(path, seed) if path else Embedded(seed, test_size)
 

@@ -182,7 +182,7 @@ def main():
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
     p.add_argument("--sets", help="comma-separated test sets; default: all but train")
     p.add_argument("--seed", type=int, default=0, help="seed of the embedded corpus")
-    p.add_argument("--test-size", type=int, default=600, help="utterances of each embedded test set")
+    p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
     p.add_argument("--max-new", type=int, default=64, help="longest transcript, in tokens")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")

@@ -45,17 +45,17 @@ def add_arguments(p):
     p.add_argument("--text-steps", type=int, default=150, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=1300, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-steps", type=int, default=1200, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batch", type=int, default=24, help="utterances a step, of speech and control")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--speech-passes", type=int, help="times the stage speech hears each of its utterances; default: embedded 3, recorded 1")
+    p.add_argument("--speech-passes", type=int, help="times the stage speech hears each of its utterances; default: embedded 4, recorded 1")
     p.add_argument("--control-steps", type=int, default=400, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, default=200, help="different batches it hears: those of GRPO's --steps")
+    p.add_argument("--control-batches", type=int, default=150, help="different batches it hears: those of GRPO's --steps")
     p.add_argument("--control-lr", type=float, default=3e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon-lr", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in SFT; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
-    p.add_argument("--test-size", type=int, default=600, help="utterances of each embedded test set")
+    p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=8, help="how often a stage looks at dev")
     p.add_argument("--dev-size", type=int, default=150, help="utterances of dev it looks at, at most")
 
@@ -65,7 +65,7 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.speech_passes = (1 if args.data else 3) if args.speech_passes is None else args.speech_passes
+    args.speech_passes = (1 if args.data else 4) if args.speech_passes is None else args.speech_passes
     args.data = os.path.abspath(args.data) if args.data else None
     use_cores(args.workers)
     return data.open_corpus(args.data, args.seed, args.test_size)
