@@ -466,7 +466,7 @@ def utterance(split, index, seed=0, condition=None):
 
 
 # ------------------------------------------------------------------------------- corpora as the stages see them
-STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3}  # SFT continued hears what GRPO hears
+STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3}  # SFT continued draws GRPO's audio
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
 
@@ -474,7 +474,7 @@ GROUP = 4  # batches made together and sorted by length, so that little of a bat
 class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
 
-    def __init__(self, seed, test=400):
+    def __init__(self, seed, test=300):
         self.seed, self.sets = seed, {"dev": 240, "clean": test, "hard": test, "ood": test}
         self.kept = {}
 
@@ -506,6 +506,10 @@ class Embedded:
     def spell(self, text):
         """What CTC spells: the phones of the lexicon. They are what is heard; English spelling is not."""
         return [phone for word in text.split() for phone in LEXICON[word]]
+
+    def all_texts(self):
+        """Sentences enough to hold every word and phone."""
+        return self.texts(0, 4000)
 
     def dev_texts(self):
         """The sentences of dev."""
@@ -686,9 +690,9 @@ class Recorded:
     def __init__(self, path, seed):
         self.seed, self.data = seed, read_data(path)
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
-        train = self.data["train"]
+        train = self.data.setdefault("train", [])
         self.by_lexicon = all(word in LEXICON for item in train for word in item["text"].lower().split())
-        self.shuffled = functools.lru_cache(maxsize=2)(self.shuffle)
+        self.kept = {}
 
     def item(self, name, i):
         """Utterance i of a set, with its audio."""
@@ -709,7 +713,9 @@ class Recorded:
         """Batch k of a stage's own stream of shuffled epochs, each utterance in a view of its own."""
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
-        items = [self.item("train", i) for i in self.shuffled(stream, epoch, size)[j]]
+        if (stream, epoch, size) not in self.kept:
+            self.kept = {(stream, epoch, size): self.shuffle(stream, epoch, size)}
+        items = [self.item("train", i) for i in self.kept[stream, epoch, size][j]]
         hard = stream in ("grpo", "control")
         return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
 
@@ -717,6 +723,10 @@ class Recorded:
         """Batch k of training transcripts for the text stage."""
         rng = np.random.default_rng([self.seed, STREAMS["text"], k])
         return [self.data["train"][i]["text"] for i in rng.integers(len(self.data["train"]), size=size)]
+
+    def all_texts(self):
+        """Every training transcript."""
+        return [item["text"] for item in self.data["train"]]
 
     def dev_texts(self):
         """The transcripts of dev."""
@@ -741,7 +751,7 @@ def noisy_view(audio, rng, hard=False):
     return degrade(audio, "clean", rng)
 
 
-def open_corpus(path, seed, test_size=400):
+def open_corpus(path, seed, test_size=300):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances."""
     return Recorded(path, seed) if path else Embedded(seed, test_size)
 
@@ -768,6 +778,7 @@ def check(path):
 
 
 def main():
+    """Command line: see the top of this file."""
     parser = argparse.ArgumentParser(description="Listen to the made-up corpus, or check a recorded one.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--listen", metavar="DIR", help="write utterances of each condition to DIR as wav")

@@ -26,6 +26,7 @@ WINDOW, HOP, N_FFT = 400, 160, 512  # samples: 25 ms, 10 ms, and the next power 
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """The conformer's shape; the defaults are the tiny one of the embedded corpus (the paper's has 2B parameters)."""
     units: tuple = ()    # what CTC spells, phones or characters; unit i is number i + 1, number 0 is the blank
     n_mels: int = 80
     channels: int = 16   # of the two subsampling convolutions
@@ -128,7 +129,7 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_heads, self.d = c.n_heads, c.d
+        self.n_heads = c.n_heads
         self.norm = nn.LayerNorm(c.d)
         self.qkv, self.rel, self.out = nn.Linear(c.d, 3 * c.d), nn.Linear(c.d, c.d, bias=False), nn.Linear(c.d, c.d)
         self.u, self.v = (nn.Parameter(torch.zeros(c.n_heads, 1, c.d // c.n_heads)) for _ in range(2))

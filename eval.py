@@ -78,6 +78,19 @@ class Chunks(torch.utils.data.Dataset):
         return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(self.n, (k + 1) * self.size))])
 
 
+def loader(dataset, numbers, workers):
+    """dataset[k] for k in numbers, in order, made ahead in worker processes."""
+    # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
+    made = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4 if workers else None,
+                      generator=torch.Generator())
+    try:
+        yield from made
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e) or "exited" not in str(e):
+            raise
+        raise SystemExit(2) from None  # data.die has said why, over there
+
+
 def hear_set(model, corpus, name, workers=1, n=None):
     """Runs the frozen encoder once over a set, or its first n -> items, each with `frames` (T, D) on the CPU.
 
@@ -85,9 +98,8 @@ def hear_set(model, corpus, name, workers=1, n=None):
     """
     device = next(model.parameters()).device
     heard = []
-    # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
-    loader = DataLoader(Chunks(corpus, name, n), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for mel, lengths, items in tqdm(loader, desc=f"hear {name}", leave=False):
+    chunks = Chunks(corpus, name, n)
+    for mel, lengths, items in tqdm(loader(chunks, range(len(chunks)), workers), total=len(chunks), desc=f"hear {name}", leave=False):
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))
         for item, row, n in zip(items, frames.float().cpu(), lengths.tolist()):
@@ -180,9 +192,9 @@ def main():
     p.add_argument("--ckpt", required=True, help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--against", help="a second run, compared pairwise with the first")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
-    p.add_argument("--sets", help="comma-separated test sets; default: all but train")
+    p.add_argument("--sets", help="comma-separated sets; default: all test sets")
     p.add_argument("--seed", type=int, default=0, help="seed of the embedded corpus")
-    p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
+    p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
     p.add_argument("--max-new", type=int, default=64, help="longest transcript, in tokens")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
@@ -216,7 +228,7 @@ def main():
             counts[ckpt] = count_errors(refs, hyps[ckpt])
         print(f"\n{name}: {len(refs)} utterances\n{HEADER}")
         for ckpt, c in counts.items():
-            print(table_row(os.path.basename(os.path.normpath(ckpt)), c))
+            print(table_row("/".join(os.path.normpath(ckpt).split(os.sep)[-2:]), c))
             langs = sorted({item["lang"] for item in heard})
             for lang in langs if len(langs) > 1 else []:
                 print(table_row(f"  {lang}", c[[item["lang"] == lang for item in heard]]))

@@ -17,10 +17,13 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     token         1 / (sum_i len_i)         DAPO (2503.14476): every token weighs the same
     constant      1 / (G L), L = --max-new  Dr. GRPO: no length bias
 
-(Each also divided by the number of utterances; lengths and groups are counted over the whole optimiser step.)
+(The mean over utterances as well, in the first and third; all counts are over the whole optimiser step. Beam hypotheses,
+--rollout beam, are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. Only with
+--updates above 1 can r differ from 1, and the clip act; what is logged is then the last update's.)
 
-The printed loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group
-sum to 0. Its gradient is not zero. Watch the reward, not the loss.
+The logged loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group sum to
+0, so what is left of it is beta k3 (and, with token or constant weights, the advantages' correlation with length). Its
+gradient is not zero. Watch the reward, not the loss.
 
 Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript with its <EOS>.
 """
@@ -38,7 +41,7 @@ import sft
 from encoder import length_mask
 from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
                   wer, wer_interval)
-from model import beam_search, generate
+from model import EOS, beam_search, generate
 from rewards import REWARDS
 
 ALGOS = {
@@ -83,7 +86,8 @@ def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
     """w_it of the three losses for transcripts of `lengths` (N,): (N, 1). The counts are those of the optimiser step."""
     if loss_norm == "sequence":
         return 1 / (n_sequences * lengths[:, None].float())
-    return torch.full((len(lengths), 1), 1 / n_tokens if loss_norm == "token" else 1 / (n_sequences * longest), device=lengths.device)
+    weight = 1 / n_tokens if loss_norm == "token" else 1 / (n_sequences * longest)
+    return torch.full((len(lengths), 1), weight, device=lengths.device)
 
 
 @torch.no_grad()
@@ -98,7 +102,7 @@ def rollout(model, frames, lengths, texts, reward, args):
         tokens, n, logps = generate(model, prompt, args.G, args.max_new, args.temperature)
     hyps = model.decode(tokens, n)
     refs = [text for text in texts for _ in range(args.G)]
-    scores = torch.tensor([REWARDS[reward](ref, hyp) for ref, hyp in zip(refs, hyps)], device=frames.device)
+    scores = torch.tensor([REWARDS[reward](ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
@@ -107,7 +111,7 @@ def gather_rollouts(model, loader, args, device, log):
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
-    parts, rewards_, kept_total = [], [], 0
+    parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
         mel, lengths, items = next(loader)
         with autocast(device):
@@ -116,13 +120,14 @@ def gather_rollouts(model, loader, args, device, log):
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, tokens, n, advantages, varied))
         rewards_.append(rewards)
+        cut.append(tokens.gather(1, n[:, None] - 1) != EOS)  # no room left for its <EOS>
         kept_total += int(varied.sum())
         if kept_total >= args.prompts:
             break
     rewards = torch.cat(rewards_)
     n = torch.cat([p[3] for p in parts])
     log.update(reward=float(rewards.mean()), zero_variance=1 - kept_total / len(rewards), draws=len(parts),
-               length=float(n.float().mean()))
+               length=float(n.float().mean()), truncated=float(torch.cat(cut).float().mean()))
     return parts
 
 
@@ -137,15 +142,16 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=150, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, default=140, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=8, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
     p.add_argument("--micro", type=int, default=24, help="utterances in one backward pass")
-    p.add_argument("--lr", type=float, default=1e-4, help="learning rate, falling linearly to zero")
-    p.add_argument("--grpo-muon", type=float, default=0.0, help="as --muon-lr, for GRPO; 0 is AdamW alone")
+    p.add_argument("--lr", type=float, default=5e-5, help="learning rate, falling linearly to zero")
+    p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon-lr, for GRPO; 0 is AdamW alone")
+    p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
+    p.add_argument("--temperature", type=float, default=0.7, help="of sampling, and of scoring the samples")
     p.add_argument("--max-new", type=int, default=24, help="longest transcript, in tokens")
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
     p.add_argument("--grpo-dev-evals", type=int, default=6, help="how often dev is looked at")
@@ -156,6 +162,8 @@ def main():
             setattr(args, key, value)
     if args.reward not in REWARDS:
         data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
+    if args.G < 2:
+        data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     corpus = sft.finish_arguments(args)
     for stage in ("encoder", "text", "speech"):
         sft.run_stage(stage, args, corpus)
@@ -166,7 +174,7 @@ def main():
 
 def train(args, corpus):
     """GRPO from the SFT model; keeps what was best on dev. Returns the run's folder."""
-    folder = os.path.join("runs", args.name, f"{args.algo}-{args.reward}")
+    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature", "max_new",
                 "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     state = sft.open_run(folder, {k: getattr(args, k) for k in switches})
@@ -188,14 +196,16 @@ def train(args, corpus):
         best = wer(count_errors(dev_refs, transcribe(model, dev)))
         sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
-    loader = sft.batches(corpus, "grpo", args.prompts, range(drawn, args.steps * (args.max_draws if args.dynamic_sampling else 1)), args.workers)
+    most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
+    loader = sft.batches(corpus, "grpo", args.prompts, range(drawn, most), args.workers)
     started = saved = time.time()
     for step in bar:
         row = {}
         parts = gather_rollouts(model, loader, args, device, row)
         drawn += len(parts)
         update(model, reference, opts, parameters, parts, args, row, step, device)
-        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}", kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
+        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
+                        kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
             row["dev"] = wer(count_errors(dev_refs, transcribe(model, dev)))
             if row["dev"] <= best:
@@ -211,16 +221,17 @@ def train(args, corpus):
 
 def update(model, reference, opts, parameters, parts, args, row, step, device):
     """--updates optimiser steps on one step's groups; fills `row` with what to log."""
-    # Groups without variance have no gradient but the KL's; without a KL they need no backward pass at all.
-    pieces, n_groups = [], 0
+    # A group without variance has no gradient but the KL's; without a KL it needs no backward pass. It still counts in
+    # the denominators, unless dynamic sampling has thrown it out: skipping what is zero changes no gradient.
+    pieces, n_sequences, n_tokens = [], 0, 0
     for frames, lengths, tokens, n, advantages, varied in parts:
-        keep = varied if args.dynamic_sampling or not args.beta else torch.ones_like(varied)
-        n_groups += int(keep.sum()) if args.dynamic_sampling else len(keep)
+        counted = varied if args.dynamic_sampling else torch.ones_like(varied)
+        n_sequences += int(counted.sum()) * args.G
+        n_tokens += int((n.view(-1, args.G).sum(1) * counted).sum())
+        keep = counted if args.beta else varied
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
             pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), None])
-    n_sequences = max(1, n_groups * args.G)
-    n_tokens = max(1, sum(int(p[3].sum()) for p in parts))
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0
@@ -234,7 +245,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
-                        ref, _ = reference.token_logps(tokens, reference.prefill(*reference.embed_prompt(frames, lengths)), args.temperature)
+                        prompt = reference.prefill(*reference.embed_prompt(frames, lengths))
+                        ref, _ = reference.token_logps(tokens, prompt, args.temperature)
             if u == 0:
                 piece[5] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
                 old = piece[5]
@@ -251,7 +263,6 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps))
     seen = max(1.0, seen)
     row.update(loss=total, clip=held / seen, kl=kl / seen, entropy=entropy_sum / seen, grad_norm=float(norm))
-    row["truncated"] = float(torch.cat([(p[3] == args.max_new).float() for p in parts]).mean())
 
 
 def report(args, corpus, folder):
@@ -264,7 +275,7 @@ def report(args, corpus, folder):
     for test in [name for name in corpus.sets if name != "dev"]:
         heard = hear_set(models["SFT"], corpus, test, args.workers)
         refs = [item["text"] for item in heard]
-        hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
+        hyps = {name: transcribe(m, heard) for name, m in models.items()}
         counts = {name: count_errors(refs, h) for name, h in hyps.items()}
         print(f"\n{test}: {len(refs)} utterances\n{HEADER}")
         for name, c in counts.items():

@@ -25,11 +25,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from encoder import Encoder, EncoderConfig, length_mask
+from encoder import Encoder, length_mask
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    """The decoder's shape; the defaults are the tiny one of the embedded corpus."""
     vocab: int = 300
     d: int = 128
     n_layers: int = 3
@@ -49,7 +50,7 @@ LLAMAS = {
 }
 
 # ---------------------------------------------------------------------------------------------- tokens
-PAD, BOS, EOS, USER, SYSTEM, S_BOS = range(6)  # PAD is nobody else's id: it is CTC's blank and fills rows, no more
+PAD, BOS, EOS, USER, SYSTEM, S_BOS = range(6)  # PAD is no other token's id: it fills rows, no more
 INSTRUCTION = "Convert speech to text"
 
 

@@ -743,7 +743,8 @@ def test_loss_against_a_loop_written_from_the_equations(algo):
         loss_grad, = torch.autograd.grad(loss, logp)
         expected = loop_loss(logp, old, ref, lengths, rewards, algo, 9)
         grad, = torch.autograd.grad(expected, logp)
-        assert abs(float(loss - expected)) < 1e-6 * abs(float(expected)) + 1e-7
+        loss, expected = loss.item(), expected.item()
+        assert abs(loss - expected) < 1e-6 * abs(expected) + 1e-7
         assert (loss_grad - grad).norm() < 1e-5 * grad.norm()
 
     case = logp, old, ref, lengths, rewards, algo, 9
@@ -770,7 +771,8 @@ def test_token_loss_counts_over_the_whole_step():
             loss = loss + policy_loss(logp[half], old[half], None, advantages[half], mask[half], weight, 0, 0.2, 0.28)[0]
         return float(loss)
 
-    expected = float(policy_loss(logp, old, None, advantages, mask, token_weight("token", lengths, 8, int(lengths.sum()), 6), 0, 0.2, 0.28)[0])
+    weight = token_weight("token", lengths, 8, int(lengths.sum()), 6)
+    expected = float(policy_loss(logp, old, None, advantages, mask, weight, 0, 0.2, 0.28)[0])
     assert abs(total("step") - expected) < 1e-7
     assert abs(total("micro-batch") - expected) > 1e-3
 
@@ -839,6 +841,34 @@ def test_rewards_go_to_their_own_group(monkeypatch):
         check(rewards.flatten().view(4, 3).T)  # what tiling the references with `repeat` would have made
 
 
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, monkeypatch):
+    """Speed trick 5, and fault 4 once more, through grpo.update itself: group 1 of 3 has equal rewards.
+
+    A KL weight of 1e-30 keeps every group in the backward pass; the control counts the varied groups only.
+    """
+    frames, lengths = some_frames()
+    G, n = 4, torch.tensor([5, 3, 4, 2, 6, 6, 1, 2, 3, 3, 5, 4])
+    tokens = torch.randint(7, 30, (12, 6), generator=torch.Generator().manual_seed(0))
+    advantages, varied = group_advantages(torch.tensor([[1.0, 0, 0, 2], [3, 3, 3, 3], [0, 1, 1, 5]]))
+
+    def gradient(beta, micro, dynamic=False):
+        model, grads = tiny_model(), []
+        parameters = trained_parameters("speech", model)
+        monkeypatch.setattr(sft, "step_all", lambda opts, scale: grads.extend(p.grad.flatten() for p in parameters))
+        args = argparse.Namespace(G=G, beta=beta, micro=micro, dynamic_sampling=dynamic, updates=1, temperature=1.0, loss_norm=norm,
+                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: 0.0)
+        part = frames, lengths, tokens, n, advantages, varied
+        grpo.update(model, tiny_model() if beta else None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
+        return torch.cat(grads)
+
+    whole = gradient(1e-30, 3)
+    for skipped in (gradient(0.0, 3), gradient(0.0, 1), gradient(1e-30, 1)):
+        assert (skipped - whole).norm() < 1e-5 * whole.norm()
+    assert (gradient(0.0, 3, dynamic=True) - whole).norm() > 0.05 * whole.norm()
+
+
 def test_grpo_wins_a_bandit():
     """One utterance, reward 1 for transcripts that begin with one given token: its probability goes from rare to sure.
 
@@ -861,7 +891,7 @@ def test_grpo_wins_a_bandit():
             opt.zero_grad()
             loss.backward()
             opt.step()
-        return float(model.token_logps(torch.tensor([[arm]]), prompt_of(model, frames, lengths))[0].exp())
+        return model.token_logps(torch.tensor([[arm]]), prompt_of(model, frames, lengths))[0].exp().item()
 
     for algo in ALGOS:
         assert play(1, algo) > 0.9
