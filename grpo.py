@@ -175,7 +175,8 @@ def main():
 def train(args, corpus):
     """GRPO from the SFT model; keeps what was best on dev. Returns the run's folder."""
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
-    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature", "max_new",
+    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout",
+                "temperature", "max_new",
                 "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     state = sft.open_run(folder, {k: getattr(args, k) for k in switches})
     if state and state["step"] == args.steps:

@@ -278,7 +278,8 @@ def run_stage(stage, args, corpus):
     fresh = {"speech": math.ceil(steps / args.speech_passes), "control": min(steps, args.control_batches)}
     fresh = fresh.get(stage, steps) * args.accumulate  # different batches; from there on they come again
     config = {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
-              "accumulate": args.accumulate, "muon_lr": args.muon_lr, "fresh": fresh, "spec_augment": args.spec_augment, "dev_evals": args.dev_evals, "dev_size": args.dev_size}
+              "accumulate": args.accumulate, "muon_lr": args.muon_lr, "fresh": fresh, "spec_augment": args.spec_augment,
+              "dev_evals": args.dev_evals, "dev_size": args.dev_size}
     state = open_run(folder, config)
     if state and state["step"] == steps:
         return folder

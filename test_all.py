@@ -821,7 +821,8 @@ def test_on_policy_loss_is_zero_and_its_gradient_is_not():
     logp, _, _, _, rewards = loss_case()
     advantages = group_advantages(rewards)[0].flatten()
     lengths = torch.full((12,), 6)
-    loss, _ = policy_loss(logp, logp.detach(), None, advantages, length_mask(lengths, 6), token_weight("token", lengths, 12, 72, 6), 0, 0.2, 0.2)
+    weight = token_weight("token", lengths, 12, 72, 6)
+    loss, _ = policy_loss(logp, logp.detach(), None, advantages, length_mask(lengths, 6), weight, 0, 0.2, 0.2)
     grad, = torch.autograd.grad(loss, logp)
     assert abs(float(loss)) < 1e-6 and grad.norm() > 0.05
 
@@ -1078,7 +1079,8 @@ def test_main_job_in_miniature(tmp_path):
     assert before == {s: os.path.getmtime(run / s / "last.pt") for s in before}
     assert (run / "dapo-em" / "result.json").exists()
 
-    out = command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech"), "--sets", "hard", "--test-size", "3")
+    pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
+    out = command(tmp_path, "eval.py", *pair, "--sets", "hard", "--test-size", "3")
     assert "paired bootstrap" in out and "hard: 3 utterances" in out
     soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
