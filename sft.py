@@ -145,8 +145,40 @@ def restore(state, model, opts, device):
     return state["step"], state["best"], state["seconds"]
 
 
+def orthogonal(g):
+    """The nearest thing to a matrix whose singular values are all 1, roughly (0.7 to 1.2): Muon's Newton-Schulz iteration.
+
+    In fp32: torch.optim.Muon does it in bf16, which many CPUs emulate slowly and some virtual ones die of.
+    """
+    x = g / (g.norm() + 1e-7)
+    x = x if x.shape[0] <= x.shape[1] else x.T
+    for _ in range(5):
+        a = x @ x.T
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if g.shape[0] <= g.shape[1] else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices (Jordan et al., 2024): every direction of a matrix learns at the same pace."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(mean, group["momentum"]))      # Nesterov's look ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
+
+
 def optimizers(model, parameters, lr, muon):
-    """AdamW; and Muon (orthogonalised momentum, Jordan et al. 2024) at lr * muon for the matrices between the layers.
+    """AdamW; and Muon at lr * muon for the matrices between the layers.
 
     With Muon the tiny conformer gets in 200 steps where AdamW gets in far more (LOG.md, 2026-11-20); muon = 0 is AdamW alone.
     """
@@ -154,7 +186,7 @@ def optimizers(model, parameters, lr, muon):
     matrices = [p for p in parameters if muon and id(p) in hidden]
     opts = [torch.optim.AdamW([p for p in parameters if not (muon and id(p) in hidden)], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
     if matrices:
-        opts.append(torch.optim.Muon(matrices, lr=lr * muon, weight_decay=0.01))
+        opts.append(Muon(matrices, lr=lr * muon))
     for opt in opts:
         for group in opt.param_groups:
             group["peak"] = group["lr"]

@@ -688,6 +688,23 @@ def test_weights_stay_fp32_where_small_steps_count():
     assert not moved(torch.bfloat16)
 
 
+def test_muon_turns_every_direction_at_the_same_pace():
+    torch.manual_seed(0)
+    for shape in [(40, 24), (24, 40), (16, 16)]:
+        g = torch.randn(shape) * torch.logspace(0, -1, shape[1])
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        got = u.T @ sft.orthogonal(g) @ v.T  # in the gradient's own directions it is diagonal, and about the identity
+        assert (got - torch.diag(got.diagonal())).abs().max() < 1e-3
+        assert 0.6 < got.diagonal().min() and got.diagonal().max() < 1.25
+        plain = u.T @ (g / g.norm()) @ v.T
+        assert not 0.6 < plain.diagonal().min()  # negative control: the bare gradient hardly moves its small directions
+    p = torch.nn.Parameter(torch.eye(8))
+    opt = sft.Muon([p], lr=0.1, weight_decay=0.0)
+    p.grad = torch.eye(8)
+    opt.step()
+    assert (p.diagonal() < 0.95).all()  # downhill, by lr times about 1, however small the gradient is
+
+
 # --------------------------------------------------------------------------------------------------- grpo
 def loss_case(seed=0, B=3, G=4, T=6):
     """Random log-probabilities, lengths and rewards of N = B * G transcripts."""
