@@ -466,7 +466,7 @@ def utterance(split, index, seed=0, condition=None):
 
 
 # ------------------------------------------------------------------------------- corpora as the stages see them
-STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3}  # SFT continued draws GRPO's audio
+STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3, "read": 4}  # SFT continued draws GRPO's audio
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
 
@@ -498,9 +498,9 @@ class Embedded:
             self.kept = {(stream, group): [items[j * size:(j + 1) * size] for j in order]}
         return self.kept[stream, group][k % GROUP]
 
-    def texts(self, k, size):
-        """Batch k of sentences for the text stage."""
-        rng = np.random.default_rng([self.seed, STREAMS["text"], k])
+    def texts(self, stream, k, size):
+        """Batch k of sentences for the stages text and read."""
+        rng = np.random.default_rng([self.seed, STREAMS[stream], k])
         return [sentence_in("train", rng, rng.random() < HARD_SHARE) for _ in range(size)]
 
     def spell(self, text):
@@ -509,7 +509,7 @@ class Embedded:
 
     def all_texts(self):
         """Sentences enough to hold every word and phone."""
-        return self.texts(0, 4000)
+        return self.texts("text", 0, 4000)
 
     def dev_texts(self):
         """The sentences of dev."""
@@ -719,9 +719,9 @@ class Recorded:
         hard = stream in ("grpo", "control")
         return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
 
-    def texts(self, k, size):
-        """Batch k of training transcripts for the text stage."""
-        rng = np.random.default_rng([self.seed, STREAMS["text"], k])
+    def texts(self, stream, k, size):
+        """Batch k of training transcripts for the stages text and read."""
+        rng = np.random.default_rng([self.seed, STREAMS[stream], k])
         return [self.data["train"][i]["text"] for i in rng.integers(len(self.data["train"]), size=size)]
 
     def all_texts(self):

@@ -197,6 +197,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.layer_weights = nn.Parameter(torch.zeros(c.n_layers))  # equal at first
         self.ctc_head = nn.Linear(c.d, len(c.units) + 1)
+        self.register_buffer("unit_frames", torch.zeros(len(c.units) + 1, c.d))  # mean frame of the blank and of each unit, once trained
 
     def forward(self, mel, lengths):
         x, lengths = self.subsampling(mel, lengths)

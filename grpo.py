@@ -165,7 +165,7 @@ def main():
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     corpus = sft.finish_arguments(args)
-    for stage in ("encoder", "text", "speech"):
+    for stage in sft.ORDER[:-1]:
         sft.run_stage(stage, args, corpus)
     folder = train(args, corpus)
     sft.run_stage("control", args, corpus)

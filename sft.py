@@ -1,13 +1,19 @@
-"""The stages before RL, from nothing: encoder (CTC), text (Eq. 1), speech (Eq. 2), and SFT's continuation as a control.
+"""The stages before RL, from nothing: encoder (CTC), text (Eq. 1), read, speech (Eq. 2), and SFT's continuation as a control.
 
     python sft.py --stage encoder         # the conformer learns to hear, with CTC; frozen afterwards
     python sft.py --stage text            # the Llama learns to write: next token on text, Eq. 1 of 2509.01939
+    python sft.py --stage read            # projection and Llama learn to read spelled-out text, one frame a phone
     python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
     python sft.py --stage control         # more of the same, the yardstick that GRPO has to beat
 
 Each stage begins where the one before it stopped (what is missing is run first), keeps the checkpoint that was best on
 dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
 reused and an interrupted one goes on where it was, to the same numbers.
+
+The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
+is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
+mean of the encoder's frames for it. Prompts are a third as long as speech's and never noisy, so words are learned from
+their sounds in a fifth of the time, and speech has only durations and noise left to teach (LOG.md, 2026-11-21).
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
@@ -26,7 +32,7 @@ from eval import Chunks, autocast, collate, count_errors, hear_set, load_model, 
 from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_tokenizer
 from rewards import normalize, word_error_rate
 
-ORDER = ["encoder", "text", "speech", "control"]
+ORDER = ["encoder", "text", "read", "speech", "control"]
 MAY_BE_ZERO = {"seed", "workers", "spec_augment", "muon_lr", "grpo_muon", "beta", "eps_low", "eps_high", "std", "dynamic_sampling"}
 SAVE_SECONDS = 20  # between two checkpoints: what an interruption costs at most
 
@@ -45,6 +51,9 @@ def add_arguments(p):
     p.add_argument("--text-steps", type=int, default=150, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read")
+    p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
+    p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=1100, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batch", type=int, default=24, help="utterances a step, of speech and control")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
@@ -217,8 +226,8 @@ class Batches(torch.utils.data.Dataset):
         self.corpus, self.stage, self.size = corpus, stage, size
 
     def __getitem__(self, k):
-        if self.stage == "text":
-            return self.corpus.texts(k, self.size)
+        if self.stage in ("text", "read"):
+            return self.corpus.texts(self.stage, k, self.size)
         return collate(self.corpus.train_batch(self.stage, k, self.size))
 
 
@@ -237,7 +246,7 @@ def new_model(corpus, args):
 
 # ---------------------------------------------------------------------------------------------- losses
 def trained_parameters(stage, model):
-    """Encoder: the encoder. Text: the LLM. Speech and control: projection and LLM, never the encoder."""
+    """Encoder: the encoder. Text: the LLM. Read, speech and control: projection and LLM, never the encoder."""
     parts = {"encoder": [model.encoder], "text": [model.llm]}.get(stage, [model.projection, model.llm])
     return [p for part in parts for p in part.parameters()]
 
@@ -256,10 +265,46 @@ def listen(model, batch, device, augment):
     return frames, lengths, items
 
 
+@torch.no_grad()
+def measure_units(model, corpus, size, device):
+    """Fills encoder.unit_frames (units + 1, D): the mean frame of each unit, as CTC's best path labels the first of
+    the encoder's training utterances, 512 or so. A unit that never wins keeps the mean of all."""
+    frames = []
+    for k in range(max(1, 512 // size)):
+        mel, lengths, _ = collate(corpus.train_batch("encoder", k, size))
+        heard, lengths = model.hear(mel.to(device), lengths.to(device))
+        frames += [row[:n] for row, n in zip(heard, lengths.tolist())]
+    frames = torch.cat(frames)                                                 # (all T, D)
+    label = model.encoder.ctc_head(frames).argmax(-1)                          # (all T,)
+    for u in range(len(model.encoder.unit_frames)):
+        model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
+
+
+def spelled(model, texts, corpus, slip=0.05):
+    """Texts -> fake frames (B, T, D) and lengths: a mean frame for each unit and, after half of them, one of the blank.
+    Of the units, `slip` are taken for another and half as many missed, as the encoder will. Draws from torch's generator."""
+    number = {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
+    rows = []
+    for text in texts:
+        row = []
+        for unit in corpus.spell(text):
+            chance, blank, other = torch.rand(3).tolist()
+            if chance < slip:
+                row.append(1 + int(other * len(number)))
+            elif chance < 1.5 * slip:
+                continue
+            elif unit in number:
+                row.append(number[unit])
+            row += [0] * (blank < 0.5)
+        rows.append(row or [0])
+    ids, lengths = right_pad(rows, model.encoder.unit_frames.device)
+    return model.encoder.unit_frames[ids], lengths
+
+
 def stage_loss(stage, model, batch, corpus, device):
     """Summed negative log-likelihood of a batch in nats, and the number of tokens or units that it is over.
 
-    batch: for text a list of strings, for encoder (mel, lengths, items), for speech and control what `listen` makes of it.
+    batch: for text and read a list of strings, for encoder (mel, lengths, items), for speech and control what `listen` makes of it.
     """
     if stage == "text":
         targets, n = targets_of(model, batch, device)
@@ -271,8 +316,12 @@ def stage_loss(stage, model, batch, corpus, device):
         targets, n = right_pad([[number[u] for u in corpus.spell(item["text"])] for item in items], device)
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:
-        frames, lengths, items = batch
-        targets, n = targets_of(model, [item["text"] for item in items], device)
+        if stage == "read":
+            texts, (frames, lengths) = batch, spelled(model, batch, corpus)
+        else:
+            frames, lengths, items = batch
+            texts = [item["text"] for item in items]
+        targets, n = targets_of(model, texts, device)
         prompt = model.prefill(*model.embed_prompt(frames, lengths))
         logp, _ = model.token_logps(targets, prompt)                           # Eq. 2: log p(x_t | s, x_<t)
     return -(logp * length_mask(n, targets.shape[1])).sum(), n.sum()
@@ -282,8 +331,10 @@ def stage_loss(stage, model, batch, corpus, device):
 def dev_score(stage, model, dev, corpus, device):
     """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, % of words wrong (greedy)."""
     model.eval()
-    if stage == "text":
-        total = [stage_loss("text", model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
+    if stage in ("text", "read"):
+        with torch.random.fork_rng():  # the same slips of spelling every time, and none of training's numbers used up
+            torch.manual_seed(0)
+            total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
         return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
@@ -293,7 +344,7 @@ def dev_score(stage, model, dev, corpus, device):
 
 def dev_set(stage, model, corpus, args):
     """What dev_score wants: texts, batches of features, or items with the frozen encoder's frames."""
-    if stage == "text":
+    if stage in ("text", "read"):
         return corpus.dev_texts()[:args.dev_size]
     if stage == "encoder":
         return list(Chunks(corpus, "dev", args.dev_size))
@@ -318,6 +369,8 @@ def run_stage(stage, args, corpus):
     torch.manual_seed(args.seed * 10 + ORDER.index(stage))
     device = pick_device(args.device)
     model = new_model(corpus, args).to(device) if before is None else load_model(os.path.join("runs", args.name, before), device)
+    if stage == "read" and not state:
+        measure_units(model, corpus, args.encoder_batch, device)
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon_lr)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)

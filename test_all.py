@@ -31,7 +31,7 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import compare, transcribe, wer_interval
+from eval import collate, compare, transcribe, wer_interval
 from eval import main as eval_main
 from grpo import ALGOS, group_advantages, policy_loss, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
@@ -674,6 +674,26 @@ def test_speech_stage_trains_projection_and_llm_and_leaves_the_encoder():
     assert trained == {id(p) for p in [*model.projection.parameters(), *model.llm.parameters()]}
 
 
+def test_read_stage_spells_in_mean_frames_and_trains_the_projection():
+    corpus = data.open_corpus(None, 0, 3)
+    units = tuple(sorted({u for text in corpus.all_texts() for u in corpus.spell(text)}))
+    model = SpeechLM(EncoderConfig(units=units, d=16, n_layers=1, n_heads=2, ffn=16, channels=2),
+                     LlamaConfig(vocab=60, d=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn=16), tiny_model().tokenizer_bytes)
+    sft.measure_units(model, corpus, 128, "cpu")
+    frames = torch.cat([row[:n] for k in range(4) for mel, lengths, _ in [collate(corpus.train_batch("encoder", k, 128))]
+                        for row, n in zip(*model.hear(mel, lengths))])
+    label = model.encoder.ctc_head(frames).argmax(-1)
+    common = int(label.bincount().argmax())
+    assert torch.allclose(model.encoder.unit_frames[common], frames[label == common].mean(0), atol=1e-4)
+    model.encoder.unit_frames.copy_(torch.arange(len(units) + 1)[:, None].expand(-1, 16))  # now a frame says which unit it is
+    got, n = sft.spelled(model, ["stop the timer", "on"], corpus, slip=0)
+    said = [int(x) for x in got[0, :n[0], 0] if x]
+    assert [units[i - 1] for i in said] == corpus.spell("stop the timer") and n[0] > n[1]
+    loss, _ = stage_loss("read", model, ["turn on the light"], corpus, "cpu")
+    loss.backward()
+    assert model.projection.weight.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
+
+
 def test_weights_stay_fp32_where_small_steps_count():
     """Fault 10: at lr 1e-6 AdamW moves fp32 weights; bf16 weights round the same steps away."""
     def moved(dtype):
@@ -1052,7 +1072,7 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-SMALL = ("--encoder-steps 4 --encoder-batch 4 --text-steps 4 --text-batch 8 --speech-steps 4 --speech-batch 4 --dev-evals 2 --dev-size 4 "
+SMALL = ("--encoder-steps 4 --encoder-batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 4 --speech-batch 4 --dev-evals 2 --dev-size 4 "
          "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
 
 
@@ -1080,7 +1100,7 @@ def test_main_job_in_miniature(tmp_path):
     for word in ("clean", "hard", "ood", "SFT continued", "grpo (wer)", "95% interval", "reference"):
         assert word in out
     run = tmp_path / "runs" / "embedded-0"
-    for stage in ("encoder", "text", "speech", "control", "grpo-wer"):
+    for stage in (*sft.ORDER, "grpo-wer"):
         for name in ("config.json", "metrics.jsonl", "last.pt", "best.pt"):
             assert (run / stage / name).exists()
         assert [json.loads(line)["step"] for line in open(run / stage / "metrics.jsonl")]
@@ -1091,7 +1111,7 @@ def test_main_job_in_miniature(tmp_path):
     for rows in result["sets"].values():
         assert {"SFT", "SFT continued", "grpo (wer)"} == set(rows) and {"wer", "ins", "del", "sub", "interval"} <= rows["SFT"].keys()
 
-    before = {s: os.path.getmtime(run / s / "last.pt") for s in ("encoder", "text", "speech", "control")}
+    before = {s: os.path.getmtime(run / s / "last.pt") for s in sft.ORDER}
     command(tmp_path, "grpo.py", "--reward", "em", "--algo", "dapo", "--rollout", "beam", *SMALL)  # starts at GRPO
     assert before == {s: os.path.getmtime(run / s / "last.pt") for s in before}
     assert (run / "dapo-em" / "result.json").exists()
