@@ -106,14 +106,15 @@ def rollout(model, frames, lengths, texts, reward, args):
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
-def gather_rollouts(model, loader, args, device, log):
+def gather_rollouts(model, loader, args, device, log, first):
     """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, kept) per batch that was drawn.
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
-        mel, lengths, items = next(loader)
+        mel, lengths, items = batch = next(loader)
+        sft.MADE["grpo", args.prompts, first + draw] = batch
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
@@ -202,7 +203,7 @@ def train(args, corpus):
     started = saved = time.time()
     for step in bar:
         row = {}
-        parts = gather_rollouts(model, loader, args, device, row)
+        parts = gather_rollouts(model, loader, args, device, row, drawn)
         drawn += len(parts)
         update(model, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",

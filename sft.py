@@ -45,8 +45,8 @@ def add_arguments(p):
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
+    p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
     p.add_argument("--encoder-steps", type=int, default=320, help="optimiser steps of the stage encoder")
-    p.add_argument("--encoder-batch", type=int, default=16, help="utterances a step")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--text-steps", type=int, default=150, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
@@ -55,9 +55,7 @@ def add_arguments(p):
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=1100, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-batch", type=int, default=24, help="utterances a step, of speech and control")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--speech-passes", type=int, help="times the stage speech hears each of its utterances; default: embedded 4, recorded 1")
     p.add_argument("--control-steps", type=int, default=460, help="optimiser steps of SFT continued: as long as GRPO takes")
     p.add_argument("--control-batches", type=int, default=140, help="different batches it hears: those of GRPO's --steps")
     p.add_argument("--control-lr", type=float, default=3e-4, help="peak learning rate of SFT continued")
@@ -74,7 +72,6 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.speech_passes = (1 if args.data else 4) if args.speech_passes is None else args.speech_passes
     args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
@@ -83,6 +80,7 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size)
+    MADE.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     return corpus
@@ -236,6 +234,9 @@ def batches(corpus, stage, size, numbers, workers):
     return loader(Batches(corpus, stage, size), numbers, workers)
 
 
+MADE = {}  # (stream, size, k): batches that a later stage wants again; at most some 800 MB
+
+
 def new_model(corpus, args):
     """Random weights and a tokenizer of the training texts."""
     texts = corpus.all_texts()
@@ -356,10 +357,11 @@ def run_stage(stage, args, corpus):
     """Trains one stage, or goes on with it, or finds it done. Returns its folder."""
     folder = os.path.join("runs", args.name, stage)
     steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
-    size = args.speech_batch if stage == "control" else getattr(args, f"{stage}_batch")
+    size = getattr(args, f"{stage}_batch", args.batch)
+    stream = {"control": "grpo", "speech": "speech" if args.data else "encoder"}.get(stage, stage)
     before = ORDER[ORDER.index(stage) - 1] if stage != "encoder" else None
-    fresh = {"speech": math.ceil(steps / args.speech_passes), "control": min(steps, args.control_batches)}
-    fresh = fresh.get(stage, steps) * args.accumulate  # different batches; from there on they come again
+    fresh = {"grpo": args.control_batches, "encoder": args.encoder_steps}.get(stream, steps)
+    fresh = min(steps, fresh) * args.accumulate  # different batches; from there on they come again
     config = {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
               "accumulate": args.accumulate, "muon_lr": args.muon_lr, "fresh": fresh, "spec_augment": args.spec_augment,
               "dev_evals": args.dev_evals, "dev_size": args.dev_size}
@@ -370,7 +372,7 @@ def run_stage(stage, args, corpus):
     device = pick_device(args.device)
     model = new_model(corpus, args).to(device) if before is None else load_model(os.path.join("runs", args.name, before), device)
     if stage == "read" and not state:
-        measure_units(model, corpus, args.encoder_batch, device)
+        measure_units(model, corpus, size, device)
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon_lr)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -379,25 +381,28 @@ def run_stage(stage, args, corpus):
     if not state and stage == "control":  # the control may not end worse on dev than where it began
         best = dev_score(stage, model, dev, corpus, device)
         save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
-    # The frozen encoder's frames of an utterance are the same every time, so later passes take them from `kept`. The
-    # loader makes each batch once; after an interruption it makes those again that are still wanted.
+    # The frozen encoder's frames of an utterance are the same every time: where utterances come again, hear them all
+    # first. Those that the encoder stage or GRPO has heard in this process are at hand, the others are made again.
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
-    made, kept = batches(corpus, stage, size, list(dict.fromkeys(order)), args.workers), {}
+    again, kept = stage in ("speech", "control") and fresh < steps * args.accumulate, {}
+    made = batches(corpus, stream, size, [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE], args.workers)
+    for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
+        kept[k] = listen(model, MADE.pop((stream, size, k), None) or next(made), device, False)
     order = iter(order)
+    use_cores(args.workers if not again and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
     started = saved = time.time()
     average = None
     for step in bar:
-        use_cores(args.workers if step * args.accumulate < fresh else 0)  # a function of the step: same numbers on resuming
         model.train()
         total, tokens = 0.0, 0
         for _ in range(args.accumulate):
             k = next(order)
-            batch = kept[k] if k in kept else next(made)
-            if stage in ("speech", "control") and k not in kept:
+            batch = kept[k] if again else next(made)
+            if stage == "encoder" and not args.data:
+                MADE[stream, size, k] = batch
+            if stage in ("speech", "control") and not again:
                 batch = listen(model, batch, device, args.spec_augment)
-                if fresh < steps * args.accumulate:
-                    kept[k] = batch
             with autocast(device):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
             loss.backward()

@@ -1072,7 +1072,7 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-SMALL = ("--encoder-steps 4 --encoder-batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 4 --speech-batch 4 --dev-evals 2 --dev-size 4 "
+SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 6 --dev-evals 2 --dev-size 4 "
          "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
 
 
