@@ -46,25 +46,25 @@ def add_arguments(p):
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
-    p.add_argument("--encoder-steps", type=int, default=320, help="optimiser steps of the stage encoder")
+    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--text-steps", type=int, default=150, help="optimiser steps of the stage text")
+    p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=1100, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-steps", type=int, default=1000, help="optimiser steps of the stage speech")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=460, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, default=140, help="different batches it hears: those of GRPO's --steps")
-    p.add_argument("--control-lr", type=float, default=3e-4, help="peak learning rate of SFT continued")
+    p.add_argument("--control-steps", type=int, default=500, help="optimiser steps of SFT continued: as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, default=150, help="different batches it hears: those of GRPO's --steps")
+    p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon-lr", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in SFT; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=8, help="how often a stage looks at dev")
-    p.add_argument("--dev-size", type=int, default=150, help="utterances of dev it looks at, at most")
+    p.add_argument("--dev-size", type=int, default=240, help="utterances of dev it looks at, at most")
 
 
 def finish_arguments(args):
@@ -88,7 +88,8 @@ def finish_arguments(args):
 
 def use_cores(workers):
     """One core for each busy worker, the rest for the model: threads that wait for a busy core cost more than they bring."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # fewer under taskset, slurm
+    torch.set_num_threads(max(1, ours - workers))
 
 
 # ---------------------------------------------------------------------------------------------- runs on disk
