@@ -335,7 +335,7 @@ def natural_pauses(words, rng):
 # ---------------------------------------------------------------------------------------------- conditions
 def coloured_noise(n, rng, colour=None):
     """Noise of unit power, float32 (n,): white, pink, brown or a band of it; a random colour if None."""
-    size = 1 << (n - 1).bit_length()
+    size = -(-n // 4096) * 4096              # quick to transform, and less to throw away than of a power of two
     hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
     colour = colour or str(rng.choice(["white", "pink", "brown", "band"]))
     if colour == "band":

@@ -68,7 +68,8 @@ def log_mel(audio, lengths, n_mels=80):
     audio = F.pad(audio, (0, max(0, WINDOW - audio.shape[1])))
     window = torch.hann_window(WINDOW, device=audio.device)
     frames = audio.unfold(1, WINDOW, HOP) * window                             # (B, T, WINDOW)
-    power = torch.fft.rfft(frames, N_FFT).abs().square()                       # (B, T, N_FFT // 2 + 1)
+    spectrum = torch.fft.rfft(frames, N_FFT)                                   # (B, T, N_FFT // 2 + 1), complex
+    power = spectrum.real.square() + spectrum.imag.square()  # abs() would take roots first: three times as long
     mel = (power @ mel_filters(n_mels).to(audio.device).T).clamp(min=1e-8).log()  # (B, T, M)
     T = n_frames(lengths)
     mask = length_mask(T, mel.shape[1])[..., None]                             # (B, T, 1)

@@ -54,10 +54,10 @@ def add_arguments(p):
     p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=1000, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-steps", type=int, default=950, help="optimiser steps of the stage speech")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=500, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, default=150, help="different batches it hears: those of GRPO's --steps")
+    p.add_argument("--control-steps", type=int, default=600, help="optimiser steps of SFT continued: as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, default=130, help="different batches it hears: those of GRPO's --steps")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon-lr", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in SFT; default: recorded data only")
@@ -273,7 +273,7 @@ def measure_units(model, corpus, size, device):
     the encoder's training utterances, 512 or so. A unit that never wins keeps the mean of all."""
     frames = []
     for k in range(max(1, 512 // size)):
-        mel, lengths, _ = collate(corpus.train_batch("encoder", k, size))
+        mel, lengths, _ = MADE.get(("encoder", size, k)) or collate(corpus.train_batch("encoder", k, size))
         heard, lengths = model.hear(mel.to(device), lengths.to(device))
         frames += [row[:n] for row, n in zip(heard, lengths.tolist())]
     frames = torch.cat(frames)                                                 # (all T, D)
@@ -373,7 +373,7 @@ def run_stage(stage, args, corpus):
     device = pick_device(args.device)
     model = new_model(corpus, args).to(device) if before is None else load_model(os.path.join("runs", args.name, before), device)
     if stage == "read" and not state:
-        measure_units(model, corpus, size, device)
+        measure_units(model, corpus, args.batch, device)
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon_lr)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -386,11 +386,14 @@ def run_stage(stage, args, corpus):
     # first. Those that the encoder stage or GRPO has heard in this process are at hand, the others are made again.
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
     again, kept = stage in ("speech", "control") and fresh < steps * args.accumulate, {}
-    made = batches(corpus, stream, size, [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE], args.workers)
+    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE]
+    made = batches(corpus, stream, size, missing, args.workers)
+    use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
         kept[k] = listen(model, MADE.pop((stream, size, k), None) or next(made), device, False)
     order = iter(order)
-    use_cores(args.workers if not again and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
+    if again:
+        use_cores(0)
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
     started = saved = time.time()
     average = None
