@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -466,7 +467,7 @@ def utterance(split, index, seed=0, condition=None):
 
 
 # ------------------------------------------------------------------------------- corpora as the stages see them
-STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "control": 3, "read": 4}  # SFT continued draws GRPO's audio
+STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "read": 4}     # SFT continued draws GRPO's
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
 
@@ -485,11 +486,11 @@ class Embedded:
         return utterance("test", i, self.seed, name)
 
     def train_batch(self, stream, k, size):
-        """Batch k of a stage's own stream: fresh utterances, never heard before."""
+        """Batch k of a stream: utterances that no other stream holds and that never come again in this one."""
         group = k // GROUP
         if (stream, group) not in self.kept:
             first = STREAMS[stream] * 10**7 + group * GROUP * size
-            condition = "hard" if stream in ("grpo", "control") else None
+            condition = "hard" if stream == "grpo" else None
             if stream == "encoder" and group * GROUP * size < CLEAN_START:
                 condition = "clean"
             items = [utterance("train", first + i, self.seed, condition) for i in range(GROUP * size)]
@@ -684,6 +685,11 @@ def read_data(path):
     return splits
 
 
+def words_of(text):
+    """Lower-case words without punctuation."""
+    return re.findall(r"[\w']+", text.lower())
+
+
 class Recorded:
     """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views, tests as it is."""
 
@@ -691,7 +697,7 @@ class Recorded:
         self.seed, self.data = seed, read_data(path)
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
         train = self.data.setdefault("train", [])
-        self.by_lexicon = all(word in LEXICON for item in train for word in item["text"].lower().split())
+        self.by_lexicon = all(word in LEXICON for item in train for word in words_of(item["text"]))
         self.kept = {}
 
     def item(self, name, i):
@@ -716,7 +722,7 @@ class Recorded:
         if (stream, epoch, size) not in self.kept:
             self.kept = {(stream, epoch, size): self.shuffle(stream, epoch, size)}
         items = [self.item("train", i) for i in self.kept[stream, epoch, size][j]]
-        hard = stream in ("grpo", "control")
+        hard = stream == "grpo"
         return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
 
     def texts(self, stream, k, size):

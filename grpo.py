@@ -42,7 +42,7 @@ from encoder import length_mask
 from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
                   wer, wer_interval)
 from model import EOS, beam_search, generate
-from rewards import REWARDS
+from rewards import REWARDS, normalize
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; its runs without the KL are no worse, and save the reference's forward pass.
 ALGOS = {
@@ -108,14 +108,15 @@ def rollout(model, frames, lengths, texts, reward, args):
 
 
 def gather_rollouts(model, loader, args, device, log, first):
-    """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, kept) per batch that was drawn.
+    """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, varied) per batch that was drawn.
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
         mel, lengths, items = batch = next(loader)
-        sft.MADE["grpo", args.prompts, first + draw] = batch
+        if first + draw < args.control_batches:
+            sft.MADE["grpo", args.prompts, first + draw] = batch
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
@@ -149,8 +150,8 @@ def main():
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
     p.add_argument("--micro", type=int, default=24, help="utterances in one backward pass")
-    p.add_argument("--lr", type=float, default=2e-4, help="learning rate, falling linearly to zero")
-    p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon-lr, for GRPO; 0 is AdamW alone")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
+    p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
@@ -166,7 +167,10 @@ def main():
         data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
+    if args.control_batches is None:  # the control hears what GRPO hears
+        args.control_batches = math.ceil(args.steps * args.prompts / args.batch)
     corpus = sft.finish_arguments(args)
+    sft.check_stages(sft.ORDER, args)
     for stage in sft.ORDER[:-1]:
         sft.run_stage(stage, args, corpus)
     folder = train(args, corpus)
@@ -180,14 +184,17 @@ def train(args, corpus):
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout",
                 "temperature", "max_new",
                 "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
-    state = sft.open_run(folder, {k: getattr(args, k) for k in switches})
+    start = os.path.join("runs", args.name, "speech")
+    state = sft.open_run(folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name")
     if state and state["step"] == args.steps:
         return folder
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
-    start = os.path.join("runs", args.name, "speech")
     model = load_model(start, device)
     reference = load_model(start, device) if args.beta else None
+    longest = max(len(ids) for ids in model.tokenizer.encode([normalize(text) for text in corpus.all_texts()])) + 1
+    if longest > args.max_new:
+        tqdm.write(f"note: the longest training transcript has {longest} tokens with <EOS> and rollouts stop at --max-new {args.max_new}")
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -274,7 +281,11 @@ def report(args, corpus, folder):
     paths = {"SFT": "speech", "SFT continued": "control", f"{args.algo} ({args.reward})": os.path.basename(folder)}
     models = {name: load_model(os.path.join("runs", args.name, path), device) for name, path in paths.items()}
     last = list(models)[-1]
-    result = {"config": vars(args), "sets": {}}
+    result = {"config": vars(args), "sets": {}, "seconds": {}}
+    for name, path in paths.items():
+        with open(os.path.join("runs", args.name, path, "metrics.jsonl")) as f:
+            result["seconds"][name] = json.loads(f.readlines()[-1])["seconds"]
+    print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in [name for name in corpus.sets if name != "dev"]:
         heard = hear_set(models["SFT"], corpus, test, args.workers)
         refs = [item["text"] for item in heard]

@@ -6,14 +6,15 @@
     python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
     python sft.py --stage control         # more of the same, the yardstick that GRPO has to beat
 
-Each stage begins where the one before it stopped (what is missing is run first), keeps the checkpoint that was best on
+Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that was best on
 dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
-reused and an interrupted one goes on where it was, to the same numbers.
+reused and an interrupted one goes on where it was, to the same numbers. On the embedded corpus the stage speech hears the
+utterances of the stage encoder again, and the control those of GRPO: making them costs more than hearing them.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
-mean of the encoder's frames for it. Prompts are a third as long as speech's and never noisy, so words are learned from
-their sounds in a fifth of the time, and speech has only durations and noise left to teach (LOG.md, 2026-11-21).
+mean of the encoder's frames for it in clean speech. Prompts are a third as long as speech's, so words are learned from
+their sounds at little cost, and speech has durations and noise left to teach (what it brings: LOG.md, 2026-11-21).
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
@@ -21,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 
 import torch
@@ -33,7 +35,7 @@ from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_t
 from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
-MAY_BE_ZERO = {"seed", "workers", "spec_augment", "muon_lr", "grpo_muon", "beta", "eps_low", "eps_high", "std", "dynamic_sampling"}
+MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low", "eps_high", "std", "dynamic_sampling"}
 SAVE_SECONDS = 20  # between two checkpoints: what an interruption costs at most
 
 
@@ -46,21 +48,21 @@ def add_arguments(p):
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
-    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder")
+    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder; embedded: speech hears the same utterances")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read")
+    p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=950, help="optimiser steps of the stage speech")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
     p.add_argument("--control-steps", type=int, default=600, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, default=130, help="different batches it hears: those of GRPO's --steps")
+    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 130")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
-    p.add_argument("--muon-lr", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest")
-    p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in SFT; default: recorded data only")
+    p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest; 0 is AdamW alone")
+    p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in the stage speech, every batch new (the stage encoder always masks); default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=8, help="how often a stage looks at dev")
@@ -72,6 +74,7 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
+    args.control_batches = 130 if args.control_batches is None else args.control_batches
     args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
@@ -99,20 +102,27 @@ def save(path, state):
     os.replace(path + ".tmp", path)
 
 
-def open_run(folder, config):
-    """Makes the folder, or checks that what is in it was made with the same config. Returns last.pt's state or None."""
+def check_config(folder, config, remedy="--name"):
+    """Ends the program if a folder holds a run with another config. Leaves everything as it is."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        return
+    with open(path) as f:
+        found = json.load(f)
+    for key in sorted(config.keys() | found.keys()):
+        if found.get(key) != config.get(key):
+            was = "other settings of an earlier stage" if key == "before" else f"{key} {found.get(key)}, now {config.get(key)}"
+            data.die(f"{path}: was made with {was}; give another {remedy} or remove {folder}")
+
+
+def open_run(folder, config, remedy="--name"):
+    """Makes the folder and its config.json, or checks them. Returns the state in last.pt, or None."""
+    check_config(folder, config, remedy)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "config.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            found = json.load(f)
-        for key in sorted(config.keys() | found.keys()):
-            if found.get(key) != config.get(key):
-                data.die(f"{path}: was made with {key} {found.get(key)}, now {config.get(key)}; give another --name or remove {folder}")
-    else:
-        with open(path + ".tmp", "w") as f:
-            json.dump(config, f, indent=1)
-        os.replace(path + ".tmp", path)
+    with open(path + ".tmp", "w") as f:
+        json.dump(config, f, indent=1)
+    os.replace(path + ".tmp", path)
     last = os.path.join(folder, "last.pt")
     return torch.load(last, map_location="cpu", weights_only=False) if os.path.exists(last) else None
 
@@ -235,14 +245,14 @@ def batches(corpus, stage, size, numbers, workers):
     return loader(Batches(corpus, stage, size), numbers, workers)
 
 
-MADE = {}  # (stream, size, k): batches that a later stage wants again; at most some 800 MB
+MADE = {}  # (stream, size, k): batches that a later stage wants again; with the defaults some 800 MB
 
 
 def new_model(corpus, args):
     """Random weights and a tokenizer of the training texts."""
     texts = corpus.all_texts()
     tokenizer = train_tokenizer([normalize(text) for text in texts], args.vocab)
-    units = tuple(sorted({unit for text in texts for unit in corpus.spell(text)}))
+    units = tuple(sorted({unit for text in texts for unit in corpus.spell(normalize(text))}))
     return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size()), tokenizer)
 
 
@@ -270,7 +280,7 @@ def listen(model, batch, device, augment):
 @torch.no_grad()
 def measure_units(model, corpus, size, device):
     """Fills encoder.unit_frames (units + 1, D): the mean frame of each unit, as CTC's best path labels the first of
-    the encoder's training utterances, 512 or so. A unit that never wins keeps the mean of all."""
+    the encoder's training utterances, 512 or so (embedded: clean ones). A unit that never wins gets the mean of all."""
     frames = []
     for k in range(max(1, 512 // size)):
         mel, lengths, _ = MADE.get(("encoder", size, k)) or collate(corpus.train_batch("encoder", k, size))
@@ -289,7 +299,7 @@ def spelled(model, texts, corpus, slip=0.05):
     rows = []
     for text in texts:
         row = []
-        for unit in corpus.spell(text):
+        for unit in corpus.spell(normalize(text)):
             chance, blank, other = torch.rand(3).tolist()
             if chance < slip:
                 row.append(1 + int(other * len(number)))
@@ -315,7 +325,7 @@ def stage_loss(stage, model, batch, corpus, device):
         mel, lengths, items = batch
         mel, lengths = mel.to(device), lengths.to(device)
         number = {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
-        targets, n = right_pad([[number[u] for u in corpus.spell(item["text"])] for item in items], device)
+        targets, n = right_pad([[number[u] for u in corpus.spell(normalize(item["text"]))] for item in items], device)
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:
         if stage == "read":
@@ -340,7 +350,7 @@ def dev_score(stage, model, dev, corpus, device):
         return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
-        return word_error_rate([" ".join(corpus.spell(item["text"])) for _, _, items in dev for item in items], hyps)
+        return word_error_rate([" ".join(corpus.spell(normalize(item["text"]))) for _, _, items in dev for item in items], hyps)
     return wer(count_errors([item["text"] for item in dev], transcribe(model, dev)))
 
 
@@ -353,29 +363,49 @@ def dev_set(stage, model, corpus, args):
     return hear_set(model, corpus, "dev", args.workers, args.dev_size)
 
 
+def stage_plan(stage, args):
+    """Of a stage: its folder, steps, learning rate, batch size, stream of data, different batches in it, folder before it."""
+    steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
+    size = getattr(args, f"{stage}_batch", args.batch)
+    stream = {"control": "grpo", "speech": "speech" if args.spec_augment else "encoder"}.get(stage, stage)
+    fresh = {"grpo": args.control_batches, "encoder": args.encoder_steps * args.accumulate}.get(stream, math.inf)
+    fresh = min(steps * args.accumulate, fresh)  # from there on they come again
+    before = os.path.join("runs", args.name, ORDER[ORDER.index(stage) - 1]) if stage != "encoder" else None
+    return os.path.join("runs", args.name, stage), steps, lr, size, stream, fresh, before
+
+
+def stage_config(stage, args):
+    """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
+    _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
+    return {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
+            "accumulate": args.accumulate, "muon": args.muon, "different_batches": fresh, "spec_augment": args.spec_augment,
+            "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            "before": before and stage_config(os.path.basename(before), args)}
+
+
+def check_stages(stages, args):
+    """Ends the program if one of these stages has been run with other settings: before hours go into the first."""
+    for stage in stages:
+        check_config(os.path.join("runs", args.name, stage), stage_config(stage, args))
+
+
 # ---------------------------------------------------------------------------------------------- loop
 def run_stage(stage, args, corpus):
     """Trains one stage, or goes on with it, or finds it done. Returns its folder."""
-    folder = os.path.join("runs", args.name, stage)
-    steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
-    size = getattr(args, f"{stage}_batch", args.batch)
-    stream = {"control": "grpo", "speech": "speech" if args.data else "encoder"}.get(stage, stage)
-    before = ORDER[ORDER.index(stage) - 1] if stage != "encoder" else None
-    fresh = {"grpo": args.control_batches, "encoder": args.encoder_steps}.get(stream, steps)
-    fresh = min(steps, fresh) * args.accumulate  # different batches; from there on they come again
-    config = {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
-              "accumulate": args.accumulate, "muon_lr": args.muon_lr, "fresh": fresh, "spec_augment": args.spec_augment,
-              "dev_evals": args.dev_evals, "dev_size": args.dev_size}
-    state = open_run(folder, config)
+    folder, steps, lr, size, stream, fresh, before = stage_plan(stage, args)
+    state = open_run(folder, stage_config(stage, args))
+    if steps == 0 and not state:
+        shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt"))
+        return folder
     if state and state["step"] == steps:
         return folder
     torch.manual_seed(args.seed * 10 + ORDER.index(stage))
     device = pick_device(args.device)
-    model = new_model(corpus, args).to(device) if before is None else load_model(os.path.join("runs", args.name, before), device)
+    model = new_model(corpus, args).to(device) if before is None else load_model(before, device)
     if stage == "read" and not state:
         measure_units(model, corpus, args.batch, device)
     parameters = trained_parameters(stage, model)
-    opts = optimizers(model, parameters, lr, args.muon_lr)
+    opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     log = Log(folder, first)
     dev = dev_set(stage, model, corpus, args)
@@ -385,7 +415,7 @@ def run_stage(stage, args, corpus):
     # The frozen encoder's frames of an utterance are the same every time: where utterances come again, hear them all
     # first. Those that the encoder stage or GRPO has heard in this process are at hand, the others are made again.
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
-    again, kept = stage in ("speech", "control") and fresh < steps * args.accumulate, {}
+    again, kept = stream != stage and fresh < steps * args.accumulate, {}
     missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE]
     made = batches(corpus, stream, size, missing, args.workers)
     use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
@@ -396,17 +426,17 @@ def run_stage(stage, args, corpus):
         use_cores(0)
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
     started = saved = time.time()
-    average = None
+    average = state["average"] if state else None
     for step in bar:
         model.train()
         total, tokens = 0.0, 0
         for _ in range(args.accumulate):
             k = next(order)
-            batch = kept[k] if again else next(made)
-            if stage == "encoder" and not args.data:
+            batch = kept[k] if again else MADE.pop((stream, size, k), None) or next(made)
+            if stage == "encoder" and not args.spec_augment:
                 MADE[stream, size, k] = batch
             if stage in ("speech", "control") and not again:
-                batch = listen(model, batch, device, args.spec_augment)
+                batch = listen(model, batch, device, args.spec_augment and stage == "speech")
             with autocast(device):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
             loss.backward()
@@ -425,7 +455,8 @@ def run_stage(stage, args, corpus):
                 best = score
                 save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
         if step + 1 == steps or time.time() - saved > SAVE_SECONDS:
-            save(os.path.join(folder, "last.pt"), snapshot(model, opts, step + 1, best, seconds + time.time() - started, device))
+            state = snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
+            save(os.path.join(folder, "last.pt"), {**state, "average": average})
             saved = time.time()
     use_cores(args.workers)
     return folder
@@ -438,7 +469,9 @@ def main():
     add_arguments(p)
     args = p.parse_args()
     corpus = finish_arguments(args)
-    for stage in ORDER[:ORDER.index(args.stage) + 1]:
+    stages = ORDER[:ORDER.index(args.stage) + 1]
+    check_stages(stages, args)
+    for stage in stages:
         print(f"{stage}: {run_stage(stage, args, corpus)}")
 
 

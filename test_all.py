@@ -1116,6 +1116,13 @@ def test_main_job_in_miniature(tmp_path):
     assert before == {s: os.path.getmtime(run / s / "last.pt") for s in before}
     assert (run / "dapo-em" / "result.json").exists()
 
+    command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "2", "--read-steps", "0")  # heard once
+    out = command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "7", code=2)
+    assert "speech" in out and "steps 6, now 7" in out
+    shutil.rmtree(run / "speech")
+    assert "earlier stage" in command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "7", code=2)  # control and GRPO are stale now
+    command(tmp_path, "grpo.py", *SMALL)
+
     pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
     out = command(tmp_path, "eval.py", *pair, "--sets", "hard", "--test-size", "3")
     assert "paired bootstrap" in out and "hard: 3 utterances" in out
@@ -1123,7 +1130,7 @@ def test_main_job_in_miniature(tmp_path):
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
 
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for bad, argv in (("no such reward", ["grpo.py", "--reward", "fun", *SMALL]), ("--name", ["grpo.py", *SMALL, "--lr", "1"]),
+    for bad, argv in (("no such reward", ["grpo.py", "--reward", "fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
         out = command(tmp_path, *argv, code=2)
