@@ -107,34 +107,18 @@ def rollout(model, frames, lengths, texts, reward, args):
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
-def hear_batches(model, corpus, drawn, most, args, device):
-    """Yields batches number drawn .. most - 1 as the frozen encoder's frames (B, T', D), lengths, items.
-
-    After --rl-batches different ones they come again, without the cost of making and hearing them and with all cores
-    for the model: new audio is better, but on two cores it takes longer than the rest of the step.
-    """
-    order = [d % args.rl_batches for d in range(drawn, most)]
-    wanted = list(dict.fromkeys(order))
-    made = sft.batches(corpus, "grpo", args.prompts, wanted, args.workers)
-    kept = {}
-    for d, k in enumerate(order, drawn):
-        for new in [k] if d < args.rl_batches else wanted:  # resumed late: first all of them
-            if new not in kept:
-                kept[new] = sft.HEARD["grpo", args.prompts, new] = sft.listen(model, next(made), device, False)
-        sft.use_cores(args.workers if d < args.rl_batches else 0)
-        yield kept[k]
-    sft.use_cores(args.workers)
-
-
-def gather_rollouts(model, heard, args, device, log):
+def gather_rollouts(model, loader, args, device, log, first):
     """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, varied) per batch that was drawn.
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
-        frames, lengths, items = next(heard)
+        mel, lengths, items = batch = next(loader)
+        if first + draw < args.control_batches:
+            sft.MADE["grpo", args.prompts, first + draw] = batch
         with autocast(device):
+            frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, tokens, n, advantages, varied))
@@ -161,8 +145,7 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
-    p.add_argument("--rl-batches", type=int, default=90, help="different batches of --prompts utterances, for GRPO and the control; then they come again")
+    p.add_argument("--steps", type=int, default=130, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
@@ -185,7 +168,7 @@ def main():
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     if args.control_batches is None:  # the control hears what GRPO hears
-        args.control_batches = math.ceil(min(args.steps, args.rl_batches) * args.prompts / args.batch)
+        args.control_batches = math.ceil(args.steps * args.prompts / args.batch)
     corpus = sft.finish_arguments(args)
     sft.check_stages(sft.ORDER, args)
     for stage in sft.ORDER[:-1]:
@@ -200,7 +183,6 @@ def train(args, corpus):
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout",
                 "temperature", "max_new",
-                "rl_batches",
                 "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     start = os.path.join("runs", args.name, "speech")
     state = sft.open_run(folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name")
@@ -225,11 +207,11 @@ def train(args, corpus):
         sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
-    heard = hear_batches(model, corpus, drawn, most, args, device)
+    loader = sft.batches(corpus, "grpo", args.prompts, range(drawn, most), args.workers)
     started = saved = time.time()
     for step in bar:
         row = {}
-        parts = gather_rollouts(model, heard, args, device, row)
+        parts = gather_rollouts(model, loader, args, device, row, drawn)
         drawn += len(parts)
         update(model, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",

@@ -59,7 +59,7 @@ def add_arguments(p):
     p.add_argument("--speech-steps", type=int, default=950, help="optimiser steps of the stage speech")
     p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
     p.add_argument("--control-steps", type=int, default=600, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, help="different batches it hears; default: those of GRPO, or 90")
+    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 130")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in the stage speech, every batch new (the stage encoder always masks); default: recorded data only")
@@ -74,7 +74,7 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 90 if args.control_batches is None else args.control_batches
+    args.control_batches = 130 if args.control_batches is None else args.control_batches
     args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
@@ -83,7 +83,7 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size)
-    MADE.clear(), HEARD.clear()
+    MADE.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     return corpus
@@ -245,9 +245,7 @@ def batches(corpus, stage, size, numbers, workers):
     return loader(Batches(corpus, stage, size), numbers, workers)
 
 
-# (stream, size, k): batches that a later stage of this process wants again, as features (some 600 MB with the defaults)
-# and as the encoder's frames.
-MADE, HEARD = {}, {}
+MADE = {}  # (stream, size, k): batches that a later stage wants again; with the defaults some 800 MB
 
 
 def new_model(corpus, args):
@@ -417,13 +415,12 @@ def run_stage(stage, args, corpus):
     # The frozen encoder's frames of an utterance are the same every time: where utterances come again, hear them all
     # first. Those that the encoder stage or GRPO has heard in this process are at hand, the others are made again.
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
-    again, kept = stage == "control" or stream != stage and fresh < steps * args.accumulate, {}
-    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE and (stream, size, k) not in HEARD]
+    again, kept = stream != stage and fresh < steps * args.accumulate, {}
+    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE]
     made = batches(corpus, stream, size, missing, args.workers)
     use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
-        at_hand = HEARD.pop((stream, size, k), None)
-        kept[k] = at_hand or listen(model, MADE.pop((stream, size, k), None) or next(made), device, False)
+        kept[k] = listen(model, MADE.pop((stream, size, k), None) or next(made), device, False)
     order = iter(order)
     if again:
         use_cores(0)
@@ -438,8 +435,8 @@ def run_stage(stage, args, corpus):
             batch = kept[k] if again else MADE.pop((stream, size, k), None) or next(made)
             if stage == "encoder" and not args.spec_augment:
                 MADE[stream, size, k] = batch
-            if stage == "speech" and not again:
-                batch = listen(model, batch, device, args.spec_augment)
+            if stage in ("speech", "control") and not again:
+                batch = listen(model, batch, device, args.spec_augment and stage == "speech")
             with autocast(device):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
             loss.backward()

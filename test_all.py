@@ -1073,7 +1073,7 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------- the whole
 SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 6 --dev-evals 2 --dev-size 4 "
-         "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --rl-batches 2").split()
+         "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
 
 
 def command(folder, script, *argv, code=0):
