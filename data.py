@@ -685,11 +685,6 @@ def read_data(path):
     return splits
 
 
-def words_of(text):
-    """Lower-case words without punctuation."""
-    return re.findall(r"[\w']+", text.lower())
-
-
 class Recorded:
     """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views, tests as it is."""
 
@@ -697,7 +692,7 @@ class Recorded:
         self.seed, self.data = seed, read_data(path)
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
         train = self.data.setdefault("train", [])
-        self.by_lexicon = all(word in LEXICON for item in train for word in words_of(item["text"]))
+        self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
         self.kept = {}
 
     def item(self, name, i):

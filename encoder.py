@@ -140,10 +140,9 @@ class RelativeAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, hd)
         r = self.rel(distances(T, D).to(x)).view(2 * T - 1, self.n_heads, -1).transpose(0, 1)    # (H, 2T - 1, hd)
         by_distance = (q + self.v) @ r.transpose(1, 2)                         # (B, H, T, 2T - 1): from T - 1 to 1 - T
-        # Row i wants distances i, i - 1, ..: shift it left by T - 1 - i. Padding one column and reading the buffer
-        # with rows one longer does that without an index (Dai et al., appendix B).
-        shifted = F.pad(by_distance, (1, 0)).view(B, self.n_heads, 2 * T, T)[:, :, 1:]
-        by_distance = shifted.reshape(B, self.n_heads, T, 2 * T - 1)[..., :T]  # (B, H, T, T)
+        # Row i wants distances i, i - 1, ..: it begins at column T - 1 - i. Reading the same memory with rows one
+        # shorter does that without an index and without a copy.
+        by_distance = by_distance.as_strided((B, self.n_heads, T, T), (*by_distance.stride()[:2], 2 * T - 2, 1), T - 1)
         score = ((q + self.u) @ k.transpose(2, 3) + by_distance) / math.sqrt(D // self.n_heads)
         weight = score.masked_fill(~mask[:, None, None], -1e4).softmax(-1)     # (B, H, T, T)
         return self.out((weight @ v).transpose(1, 2).reshape(B, T, D))

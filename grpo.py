@@ -283,8 +283,10 @@ def report(args, corpus, folder):
     last = list(models)[-1]
     result = {"config": vars(args), "sets": {}, "seconds": {}}
     for name, path in paths.items():
-        with open(os.path.join("runs", args.name, path, "metrics.jsonl")) as f:
-            result["seconds"][name] = json.loads(f.readlines()[-1])["seconds"]
+        log = os.path.join("runs", args.name, path, "metrics.jsonl")
+        if os.path.exists(log):  # a stage of 0 steps has none
+            with open(log) as f:
+                result["seconds"][name] = json.loads(f.readlines()[-1])["seconds"]
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in [name for name in corpus.sets if name != "dev"]:
         heard = hear_set(models["SFT"], corpus, test, args.workers)

@@ -35,7 +35,8 @@ from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_t
 from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
-MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low", "eps_high", "std", "dynamic_sampling"}
+MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
+               "eps_high", "std", "dynamic_sampling"}
 SAVE_SECONDS = 20  # between two checkpoints: what an interruption costs at most
 
 
@@ -48,7 +49,7 @@ def add_arguments(p):
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
-    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder; embedded: speech hears the same utterances")
+    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder, whose utterances speech hears again")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
@@ -61,11 +62,11 @@ def add_arguments(p):
     p.add_argument("--control-steps", type=int, default=600, help="optimiser steps of SFT continued: as long as GRPO takes")
     p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 130")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
-    p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's for the rest; 0 is AdamW alone")
-    p.add_argument("--spec-augment", type=int, choices=[0, 1], help="mask the features in the stage speech, every batch new (the stage encoder always masks); default: recorded data only")
+    p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
+    p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
-    p.add_argument("--dev-evals", type=int, default=8, help="how often a stage looks at dev")
+    p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev")
     p.add_argument("--dev-size", type=int, default=240, help="utterances of dev it looks at, at most")
 
 
@@ -292,10 +293,15 @@ def measure_units(model, corpus, size, device):
         model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
 
 
+def unit_numbers(model):
+    """What CTC calls each unit; 0 is the blank."""
+    return {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
+
+
 def spelled(model, texts, corpus, slip=0.05):
     """Texts -> fake frames (B, T, D) and lengths: a mean frame for each unit and, after half of them, one of the blank.
     Of the units, `slip` are taken for another and half as many missed, as the encoder will. Draws from torch's generator."""
-    number = {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
+    number = unit_numbers(model)
     rows = []
     for text in texts:
         row = []
@@ -324,7 +330,7 @@ def stage_loss(stage, model, batch, corpus, device):
     elif stage == "encoder":
         mel, lengths, items = batch
         mel, lengths = mel.to(device), lengths.to(device)
-        number = {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
+        number = unit_numbers(model)
         targets, n = right_pad([[number[u] for u in corpus.spell(normalize(item["text"]))] for item in items], device)
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:

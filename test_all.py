@@ -481,6 +481,24 @@ def test_cached_decoding_equals_uncached():
         assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
+@torch.no_grad()
+def test_prompt_then_response_equals_one_plain_pass():
+    """Prompt and response together through the decoder, all layers, no cache: what prefill leaves out changes nothing."""
+    model = tiny_model()
+    x, n = model.embed_prompt(*some_frames(1))
+    tokens = torch.randint(7, 30, (1, 6))
+    apart = model.extend(tokens, model.prefill(x, n))
+
+    def check(x):
+        S = x.shape[1]
+        whole, _ = model.llm(x, torch.arange(S)[None], causal_bias(S, S, "cpu"))
+        assert torch.allclose(whole[:, -6:], apart, atol=1e-5)
+
+    check(torch.cat([x, model.llm.embed(tokens)], 1))
+    with pytest.raises(AssertionError):  # one frame less
+        check(torch.cat([x[:, :-2], x[:, -1:], model.llm.embed(tokens)], 1))
+
+
 def test_a_chunk_sees_its_past():
     """Fault 13: SDPA's is_causal aligns fewer queries than keys at the top left, where they see too little."""
     def check(bias):
@@ -1072,7 +1090,8 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 6 --dev-evals 2 --dev-size 4 "
+SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 6 "
+         "--dev-evals 2 --dev-size 4 "
          "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
 
 
@@ -1117,6 +1136,10 @@ def test_main_job_in_miniature(tmp_path):
     assert (run / "dapo-em" / "result.json").exists()
 
     command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "2", "--read-steps", "0")  # heard once
+    command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0",
+            code=2)  # the control there has 2 steps
+    shutil.rmtree(tmp_path / "runs" / "even" / "control")
+    command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0")
     out = command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "7", code=2)
     assert "speech" in out and "steps 6, now 7" in out
     shutil.rmtree(run / "speech")
