@@ -114,12 +114,12 @@ def gather_rollouts(model, loader, args, device, log, first):
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
-        mel, lengths, items = batch = next(loader)
-        if first + draw < args.control_batches:
-            sft.MADE["grpo", args.prompts, first + draw] = batch
+        mel, lengths, items = next(loader)
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
+        if first + draw < args.control_batches:
+            sft.HEARD["grpo", args.prompts, first + draw] = frames, lengths, items
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, tokens, n, advantages, varied))
         rewards_.append(rewards)
@@ -145,12 +145,12 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=130, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, default=350, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
     p.add_argument("--micro", type=int, default=24, help="utterances in one backward pass")
-    p.add_argument("--lr", type=float, default=7e-5, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
+    p.add_argument("--lr", type=float, default=3e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")

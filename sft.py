@@ -9,7 +9,8 @@
 Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that was best on
 dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
 reused and an interrupted one goes on where it was, to the same numbers. On the embedded corpus the stage speech hears the
-utterances of the stage encoder again, and the control those of GRPO: making them costs more than hearing them.
+utterances of the stage encoder and as many new ones, several times, and the control those of GRPO: making an utterance
+costs more than learning from it.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
@@ -49,25 +50,26 @@ def add_arguments(p):
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
-    p.add_argument("--encoder-steps", type=int, default=300, help="optimiser steps of the stage encoder, whose utterances speech hears again")
+    p.add_argument("--encoder-steps", type=int, default=280, help="optimiser steps of the stage encoder")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--read-steps", type=int, default=400, help="optimiser steps of the stage read; 0 leaves it out")
+    p.add_argument("--read-steps", type=int, default=600, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
-    p.add_argument("--read-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=950, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-lr", type=float, default=2e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=600, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 130")
+    p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
+    p.add_argument("--speech-steps", type=int, default=2800, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
+    p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
+    p.add_argument("--control-steps", type=int, default=2400, help="optimiser steps of SFT continued: as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 350")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev")
-    p.add_argument("--dev-size", type=int, default=240, help="utterances of dev it looks at, at most")
+    p.add_argument("--dev-size", type=int, default=600, help="utterances of dev it looks at, at most")
 
 
 def finish_arguments(args):
@@ -75,7 +77,7 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 130 if args.control_batches is None else args.control_batches
+    args.control_batches = 350 if args.control_batches is None else args.control_batches
     args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
@@ -85,6 +87,7 @@ def finish_arguments(args):
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size)
     MADE.clear()
+    HEARD.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     return corpus
@@ -246,7 +249,8 @@ def batches(corpus, stage, size, numbers, workers):
     return loader(Batches(corpus, stage, size), numbers, workers)
 
 
-MADE = {}  # (stream, size, k): batches that a later stage wants again; with the defaults some 800 MB
+MADE = {}   # (stream, size, k): batches of features that a later stage wants again; with the defaults some 500 MB
+HEARD = {}  # the same, and "dev", as the frozen encoder's frames: they never change, so an utterance is heard once
 
 
 def new_model(corpus, args):
@@ -365,8 +369,10 @@ def dev_set(stage, model, corpus, args):
     if stage in ("text", "read"):
         return corpus.dev_texts()[:args.dev_size]
     if stage == "encoder":
-        return list(Chunks(corpus, "dev", args.dev_size))
-    return hear_set(model, corpus, "dev", args.workers, args.dev_size)
+        return list(Chunks(corpus, "dev", min(240, args.dev_size)))  # four times as many phones as words: fewer will do
+    if "dev" not in HEARD:
+        HEARD["dev"] = hear_set(model, corpus, "dev", args.workers, args.dev_size)
+    return HEARD["dev"]
 
 
 def stage_plan(stage, args):
@@ -374,7 +380,7 @@ def stage_plan(stage, args):
     steps, lr = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_lr")
     size = getattr(args, f"{stage}_batch", args.batch)
     stream = {"control": "grpo", "speech": "speech" if args.spec_augment else "encoder"}.get(stage, stage)
-    fresh = {"grpo": args.control_batches, "encoder": args.encoder_steps * args.accumulate}.get(stream, math.inf)
+    fresh = {"control": args.control_batches, "speech": math.inf if args.spec_augment else args.speech_batches}.get(stage, math.inf)
     fresh = min(steps * args.accumulate, fresh)  # from there on they come again
     before = os.path.join("runs", args.name, ORDER[ORDER.index(stage) - 1]) if stage != "encoder" else None
     return os.path.join("runs", args.name, stage), steps, lr, size, stream, fresh, before
@@ -418,15 +424,17 @@ def run_stage(stage, args, corpus):
     if not state and stage == "control":  # the control may not end worse on dev than where it began
         best = dev_score(stage, model, dev, corpus, device)
         save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
-    # The frozen encoder's frames of an utterance are the same every time: where utterances come again, hear them all
-    # first. Those that the encoder stage or GRPO has heard in this process are at hand, the others are made again.
+    # Where utterances come again, hear them all first. What the encoder stage made or GRPO heard in this process is at
+    # hand, the rest is made (again).
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
-    again, kept = stream != stage and fresh < steps * args.accumulate, {}
-    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE]
+    again = stream != stage and fresh < steps * args.accumulate
+    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in {**MADE, **HEARD}]
     made = batches(corpus, stream, size, missing, args.workers)
     use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
-        kept[k] = listen(model, MADE.pop((stream, size, k), None) or next(made), device, False)
+        key = stream, size, k
+        if key not in HEARD:
+            HEARD[key] = listen(model, MADE.pop(key, None) or next(made), device, False)
     order = iter(order)
     if again:
         use_cores(0)
@@ -437,11 +445,11 @@ def run_stage(stage, args, corpus):
         model.train()
         total, tokens = 0.0, 0
         for _ in range(args.accumulate):
-            k = next(order)
-            batch = kept[k] if again else MADE.pop((stream, size, k), None) or next(made)
-            if stage == "encoder" and not args.spec_augment:
-                MADE[stream, size, k] = batch
-            if stage in ("speech", "control") and not again:
+            key = stream, size, next(order)
+            batch = HEARD.get(key) or MADE.pop(key, None) or next(made)
+            if stage == "encoder" and not args.spec_augment and key[2] < args.speech_batches:
+                MADE[key] = batch
+            if stage in ("speech", "control") and key not in HEARD:
                 batch = listen(model, batch, device, args.spec_augment and stage == "speech")
             with autocast(device):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
@@ -465,6 +473,8 @@ def run_stage(stage, args, corpus):
             save(os.path.join(folder, "last.pt"), {**state, "average": average})
             saved = time.time()
     use_cores(args.workers)
+    for key in [key for key in HEARD if key[:1] == (stream,)]:
+        del HEARD[key]
     return folder
 
 

@@ -1090,7 +1090,7 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 6 "
+SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 7 --speech-batches 5 "
          "--dev-evals 2 --dev-size 4 "
          "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
 
@@ -1140,10 +1140,10 @@ def test_main_job_in_miniature(tmp_path):
             code=2)  # the control there has 2 steps
     shutil.rmtree(tmp_path / "runs" / "even" / "control")
     command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0")
-    out = command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "7", code=2)
-    assert "speech" in out and "steps 6, now 7" in out
+    out = command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "8", code=2)
+    assert "speech" in out and "steps 7, now 8" in out
     shutil.rmtree(run / "speech")
-    assert "earlier stage" in command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "7", code=2)  # control and GRPO are stale now
+    assert "earlier stage" in command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "8", code=2)  # control and GRPO are stale now
     command(tmp_path, "grpo.py", *SMALL)
 
     pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
