@@ -196,7 +196,7 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="seed of the embedded corpus")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
-    p.add_argument("--max-new", type=int, default=64, help="longest transcript, in tokens")
+    p.add_argument("--max-new", type=int, default=64, help="tokens at which a transcript is cut off; the tables of grpo.py use its own")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()

@@ -145,7 +145,7 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=350, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, default=300, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
@@ -155,7 +155,6 @@ def main():
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
-    p.add_argument("--max-new", type=int, default=24, help="longest transcript, in tokens")
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
     p.add_argument("--grpo-dev-evals", type=int, default=6, help="how often dev is looked at")
     sft.add_arguments(p)
@@ -192,9 +191,6 @@ def train(args, corpus):
     device = pick_device(args.device)
     model = load_model(start, device)
     reference = load_model(start, device) if args.beta else None
-    longest = max(len(ids) for ids in model.tokenizer.encode([normalize(text) for text in corpus.all_texts()])) + 1
-    if longest > args.max_new:
-        tqdm.write(f"note: the longest training transcript has {longest} tokens with <EOS> and rollouts stop at --max-new {args.max_new}")
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -203,7 +199,7 @@ def train(args, corpus):
     dev = sft.dev_set("speech", model, corpus, args)
     dev_refs = [item["text"] for item in dev]
     if not state:  # GRPO may not end worse on dev than where it began
-        best = wer(count_errors(dev_refs, transcribe(model, dev)))
+        best = wer(count_errors(dev_refs, transcribe(model, dev, max_new=args.max_new)))
         sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
@@ -217,7 +213,7 @@ def train(args, corpus):
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
-            row["dev"] = wer(count_errors(dev_refs, transcribe(model, dev)))
+            row["dev"] = wer(count_errors(dev_refs, transcribe(model, dev, max_new=args.max_new)))
             if row["dev"] <= best:
                 best = row["dev"]
                 sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
@@ -291,7 +287,7 @@ def report(args, corpus, folder):
     for test in [name for name in corpus.sets if name != "dev"]:
         heard = hear_set(models["SFT"], corpus, test, args.workers)
         refs = [item["text"] for item in heard]
-        hyps = {name: transcribe(m, heard) for name, m in models.items()}
+        hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
         counts = {name: count_errors(refs, h) for name, h in hyps.items()}
         print(f"\n{test}: {len(refs)} utterances\n{HEADER}")
         for name, c in counts.items():

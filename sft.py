@@ -49,6 +49,7 @@ def add_arguments(p):
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
+    p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: twice the longest of training")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
     p.add_argument("--encoder-steps", type=int, default=280, help="optimiser steps of the stage encoder")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
@@ -58,11 +59,11 @@ def add_arguments(p):
     p.add_argument("--read-steps", type=int, default=600, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=2800, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-steps", type=int, default=3400, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=2400, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 350")
+    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 300")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
@@ -77,7 +78,7 @@ def finish_arguments(args):
     kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 350 if args.control_batches is None else args.control_batches
+    args.control_batches = 300 if args.control_batches is None else args.control_batches
     args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
@@ -90,6 +91,8 @@ def finish_arguments(args):
     HEARD.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
+    if args.max_new is None:
+        args.max_new = 2 * max(len(ids) + 1 for ids in load_tokenizer(tokenizer_of(corpus, args)).encode(training_texts(corpus)))
     return corpus
 
 
@@ -253,11 +256,20 @@ MADE = {}   # (stream, size, k): batches of features that a later stage wants ag
 HEARD = {}  # the same, and "dev", as the frozen encoder's frames: they never change, so an utterance is heard once
 
 
+def training_texts(corpus):
+    """The training transcripts as the model is to write them."""
+    return [normalize(text) for text in corpus.all_texts()]
+
+
+def tokenizer_of(corpus, args):
+    """The tokenizer of the training transcripts, as bytes."""
+    return train_tokenizer(training_texts(corpus), args.vocab)
+
+
 def new_model(corpus, args):
     """Random weights and a tokenizer of the training texts."""
-    texts = corpus.all_texts()
-    tokenizer = train_tokenizer([normalize(text) for text in texts], args.vocab)
-    units = tuple(sorted({unit for text in texts for unit in corpus.spell(normalize(text))}))
+    tokenizer = tokenizer_of(corpus, args)
+    units = tuple(sorted({unit for text in training_texts(corpus) for unit in corpus.spell(text)}))
     return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size()), tokenizer)
 
 
@@ -350,7 +362,7 @@ def stage_loss(stage, model, batch, corpus, device):
 
 
 @torch.no_grad()
-def dev_score(stage, model, dev, corpus, device):
+def dev_score(stage, model, dev, corpus, device, max_new):
     """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, % of words wrong (greedy)."""
     model.eval()
     if stage in ("text", "read"):
@@ -361,7 +373,7 @@ def dev_score(stage, model, dev, corpus, device):
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
         return word_error_rate([" ".join(corpus.spell(normalize(item["text"]))) for _, _, items in dev for item in items], hyps)
-    return wer(count_errors([item["text"] for item in dev], transcribe(model, dev)))
+    return wer(count_errors([item["text"] for item in dev], transcribe(model, dev, max_new=max_new)))
 
 
 def dev_set(stage, model, corpus, args):
@@ -422,7 +434,7 @@ def run_stage(stage, args, corpus):
     log = Log(folder, first)
     dev = dev_set(stage, model, corpus, args)
     if not state and stage == "control":  # the control may not end worse on dev than where it began
-        best = dev_score(stage, model, dev, corpus, device)
+        best = dev_score(stage, model, dev, corpus, device, args.max_new)
         save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     # Where utterances come again, hear them all first. What the encoder stage made or GRPO heard in this process is at
     # hand, the rest is made (again).
@@ -463,7 +475,7 @@ def run_stage(stage, args, corpus):
         average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
         bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
-            score = dev_score(stage, model, dev, corpus, device)
+            score = dev_score(stage, model, dev, corpus, device, args.max_new)
             log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
             if score <= best:  # as in GRPO: of equals the later
                 best = score
