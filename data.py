@@ -488,7 +488,7 @@ class Embedded:
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one."""
         group = k // GROUP
-        if (stream, group) not in self.kept:
+        if (stream, group, size) not in self.kept:
             first = STREAMS[stream] * 10**7 + group * GROUP * size
             condition = "hard" if stream == "grpo" else None
             if stream == "encoder" and group * GROUP * size < CLEAN_START:
@@ -496,8 +496,8 @@ class Embedded:
             items = [utterance("train", first + i, self.seed, condition) for i in range(GROUP * size)]
             items.sort(key=lambda item: len(item["audio"]))
             order = np.random.default_rng([self.seed, group]).permutation(GROUP)
-            self.kept = {(stream, group): [items[j * size:(j + 1) * size] for j in order]}
-        return self.kept[stream, group][k % GROUP]
+            self.kept = {(stream, group, size): [items[j * size:(j + 1) * size] for j in order]}
+        return self.kept[stream, group, size][k % GROUP]
 
     def texts(self, stream, k, size):
         """Batch k of sentences for the stages text and read."""

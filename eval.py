@@ -13,8 +13,10 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 """
 import argparse
 import contextlib
+import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -193,14 +195,18 @@ def main():
     p.add_argument("--against", help="a second run, compared pairwise with the first")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
-    p.add_argument("--seed", type=int, default=0, help="seed of the embedded corpus")
+    p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
-    p.add_argument("--max-new", type=int, default=64, help="tokens at which a transcript is cut off; the tables of grpo.py use its own")
+    p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: the run's, or 64")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
     model = load_model(args.ckpt, pick_device(args.device))
+    config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
+    of_run = json.loads(Path(config).read_text()) if os.path.exists(config) else {}
+    args.seed = of_run.get("seed", 0) if args.seed is None else args.seed
+    args.max_new = args.max_new or of_run.get("max_new", 64)
 
     if args.files:
         for path in args.files:

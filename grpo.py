@@ -93,7 +93,10 @@ def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
 
 @torch.no_grad()
 def rollout(model, frames, lengths, texts, reward, args):
-    """Encoder frames (B, T', D) -> G transcripts each, and their rewards. The prompt runs once for the group."""
+    """Encoder frames (B, T', D) -> N transcripts as tokens, lengths, log-probabilities (None of beams), rewards (B, G), strings.
+
+    The prompt runs once for the group.
+    """
     model.eval()
     prompt = model.prefill(*model.embed_prompt(frames, lengths))
     if args.rollout == "beam":
@@ -118,7 +121,7 @@ def gather_rollouts(model, loader, args, device, log, first):
         with autocast(device):
             frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
-        if first + draw < args.control_batches:
+        if first + draw < args.control_batches and args.control_steps and args.prompts == args.batch:  # what the control will ask for
             sft.HEARD["grpo", args.prompts, first + draw] = frames, lengths, items
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, tokens, n, advantages, varied))
@@ -166,10 +169,13 @@ def main():
         data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
-    if args.control_batches is None:  # the control hears what GRPO hears
+    if args.control_batches is None:  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
         args.control_batches = math.ceil(args.steps * args.prompts / args.batch)
     corpus = sft.finish_arguments(args)
+    if args.rl_name and (os.sep in args.rl_name or args.rl_name in sft.ORDER):
+        data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     sft.check_stages(sft.ORDER, args)
+    sft.check_config(*rl_config(args))
     for stage in sft.ORDER[:-1]:
         sft.run_stage(stage, args, corpus)
     folder = train(args, corpus)
@@ -177,14 +183,19 @@ def main():
     report(args, corpus, folder)
 
 
+def rl_config(args):
+    """The RL stage's folder, its config.json and the flag that names another folder."""
+    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature", "max_new",
+                "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
+    return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
+
+
 def train(args, corpus):
     """GRPO from the SFT model; keeps what was best on dev. Returns the run's folder."""
-    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
-    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout",
-                "temperature", "max_new",
-                "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+    folder, config, remedy = rl_config(args)
     start = os.path.join("runs", args.name, "speech")
-    state = sft.open_run(folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name")
+    state = sft.open_run(folder, config, remedy)
     if state and state["step"] == args.steps:
         return folder
     torch.manual_seed(args.seed * 10 + 5)

@@ -8,13 +8,13 @@
 
 Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that was best on
 dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
-reused and an interrupted one goes on where it was, to the same numbers. On the embedded corpus the stage speech hears the
-utterances of the stage encoder and as many new ones, several times, and the control those of GRPO: making an utterance
-costs more than learning from it.
+reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded corpus) the
+stage speech hears the utterances of the stage encoder and almost as many new ones, several times, and the control those of GRPO: making an
+utterance costs more than learning from it.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
-mean of the encoder's frames for it in clean speech. Prompts are a third as long as speech's, so words are learned from
+mean of the encoder's frames for it in its first training utterances (embedded: clean ones). Prompts are a third as long as speech's, so words are learned from
 their sounds at little cost, and speech has durations and noise left to teach (what it brings: LOG.md, 2026-11-21).
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
@@ -38,7 +38,7 @@ from rewards import normalize, word_error_rate
 ORDER = ["encoder", "text", "read", "speech", "control"]
 MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
                "eps_high", "std", "dynamic_sampling"}
-SAVE_SECONDS = 20  # between two checkpoints: what an interruption costs at most
+SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 
 def add_arguments(p):
@@ -62,24 +62,25 @@ def add_arguments(p):
     p.add_argument("--speech-steps", type=int, default=3400, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, help="different batches it hears; default: as many as GRPO's --steps, or 300")
+    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: with the defaults about as long as GRPO takes")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio that it hears; default: all (without dynamic sampling), or 300")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
-    p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev")
+    p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
     p.add_argument("--dev-size", type=int, default=600, help="utterances of dev it looks at, at most")
 
 
 def finish_arguments(args):
     """Fills what depends on other flags: the run's name, its folder, the corpus."""
-    kind = os.path.basename(os.path.normpath(args.data)).split(".")[0] if args.data else "embedded"
+    args.data = os.path.abspath(args.data) if args.data else None
+    folder, kind = os.path.split(args.data or "embedded")
+    kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     args.control_batches = 300 if args.control_batches is None else args.control_batches
-    args.data = os.path.abspath(args.data) if args.data else None
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -119,7 +120,7 @@ def check_config(folder, config, remedy="--name"):
     for key in sorted(config.keys() | found.keys()):
         if found.get(key) != config.get(key):
             was = "other settings of an earlier stage" if key == "before" else f"{key} {found.get(key)}, now {config.get(key)}"
-            data.die(f"{path}: was made with {was}; give another {remedy} or remove {folder}")
+            data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
 
 
 def open_run(folder, config, remedy="--name"):
@@ -156,7 +157,7 @@ def snapshot(model, opts, step, best, seconds, device):
     """All that a loop needs to go on as if nothing had happened; the data's order follows from the step."""
     return {"configs": model.configs(), "model": model.state_dict(), "opts": [o.state_dict() for o in opts], "step": step, "best": best,
             "seconds": seconds, "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def restore(state, model, opts, device):
@@ -166,7 +167,7 @@ def restore(state, model, opts, device):
         opt.load_state_dict(saved)
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
     return state["step"], state["best"], state["seconds"]
 
 
@@ -252,7 +253,7 @@ def batches(corpus, stage, size, numbers, workers):
     return loader(Batches(corpus, stage, size), numbers, workers)
 
 
-MADE = {}   # (stream, size, k): batches of features that a later stage wants again; with the defaults some 500 MB
+MADE = {}   # (stream, size, k): batches of features that a later stage wants again; with the defaults some 500 MB, and in HEARD 400
 HEARD = {}  # the same, and "dev", as the frozen encoder's frames: they never change, so an utterance is heard once
 
 
@@ -263,7 +264,10 @@ def training_texts(corpus):
 
 def tokenizer_of(corpus, args):
     """The tokenizer of the training transcripts, as bytes."""
-    return train_tokenizer(training_texts(corpus), args.vocab)
+    try:
+        return train_tokenizer(training_texts(corpus), args.vocab)
+    except RuntimeError as e:
+        data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
 
 
 def new_model(corpus, args):
@@ -281,7 +285,7 @@ def trained_parameters(stage, model):
 
 
 def targets_of(model, texts, device):
-    """Texts -> x_1 .. x_T <EOS> as (B, U) padded with PAD, and lengths (B,). The first <EOS> is inside the loss."""
+    """Texts -> x_1 .. x_T <EOS> as (B, U) padded with PAD, and lengths (B,) that count <EOS>: it is inside the loss."""
     return right_pad([ids + [EOS] for ids in model.tokenizer.encode([normalize(text) for text in texts])], device)
 
 
@@ -402,8 +406,8 @@ def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
     return {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
-            "accumulate": args.accumulate, "muon": args.muon, "different_batches": fresh, "spec_augment": args.spec_augment,
-            "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new} if stage in ("speech", "control") else {}),
             "before": before and stage_config(os.path.basename(before), args)}
 
 
@@ -440,7 +444,7 @@ def run_stage(stage, args, corpus):
     # hand, the rest is made (again).
     order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
     again = stream != stage and fresh < steps * args.accumulate
-    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in {**MADE, **HEARD}]
+    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE and (stream, size, k) not in HEARD]
     made = batches(corpus, stream, size, missing, args.workers)
     use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):

@@ -1153,7 +1153,10 @@ def test_main_job_in_miniature(tmp_path):
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
 
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for bad, argv in (("no such reward", ["grpo.py", "--reward", "fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
+    for bad, argv in (("no such reward", ["grpo.py", "--reward", "fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
+                      ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
+                      ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
+                      ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
         out = command(tmp_path, *argv, code=2)
