@@ -185,8 +185,8 @@ def main():
 
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
-    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature", "max_new",
-                "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
+                "max_new", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
 

@@ -6,16 +6,17 @@
     python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
     python sft.py --stage control         # more of the same, the yardstick that GRPO has to beat
 
-Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that was best on
-dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is
-reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded corpus) the
-stage speech hears the utterances of the stage encoder and almost as many new ones, several times, and the control those of GRPO: making an
-utterance costs more than learning from it.
+Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that
+was best on dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished
+stage is reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded
+corpus) the stage speech hears the utterances of the stage encoder and almost as many new ones, several times, and the
+control those of GRPO: making an utterance costs more than learning from it.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
-mean of the encoder's frames for it in its first training utterances (embedded: clean ones). Prompts are a third as long as speech's, so words are learned from
-their sounds at little cost, and speech has durations and noise left to teach (what it brings: LOG.md, 2026-11-21).
+mean of the encoder's frames for it in its first training utterances (embedded: clean ones). Prompts are a third as long
+as speech's, so words are learned from their sounds at little cost, and speech has durations and noise left to teach
+(what it brings: LOG.md, 2026-11-21).
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
@@ -62,8 +63,8 @@ def add_arguments(p):
     p.add_argument("--speech-steps", type=int, default=3400, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: with the defaults about as long as GRPO takes")
-    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio that it hears; default: all (without dynamic sampling), or 300")
+    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: about as long as GRPO")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 300")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
@@ -407,7 +408,8 @@ def stage_config(stage, args):
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
     return {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
             "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
-            **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new} if stage in ("speech", "control") else {}),
+            **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
+               if stage in ("speech", "control") else {}),
             "before": before and stage_config(os.path.basename(before), args)}
 
 
