@@ -148,7 +148,7 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=300, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, default=270, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")

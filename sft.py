@@ -60,18 +60,18 @@ def add_arguments(p):
     p.add_argument("--read-steps", type=int, default=600, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=3400, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-steps", type=int, default=3000, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=2100, help="optimiser steps of SFT continued: about as long as GRPO")
-    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 300")
+    p.add_argument("--control-steps", type=int, default=1800, help="optimiser steps of SFT continued: about as long as GRPO")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 270")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
     p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
-    p.add_argument("--dev-size", type=int, default=600, help="utterances of dev it looks at, at most")
+    p.add_argument("--dev-size", type=int, default=480, help="utterances of dev it looks at, at most")
 
 
 def finish_arguments(args):
@@ -81,7 +81,7 @@ def finish_arguments(args):
     kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 300 if args.control_batches is None else args.control_batches
+    args.control_batches = 270 if args.control_batches is None else args.control_batches
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -451,6 +451,7 @@ def run_stage(stage, args, corpus):
     use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
     for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
         key = stream, size, k
+        use_cores(0 if key in MADE else args.workers)  # the worker begins with the first that is missing
         if key not in HEARD:
             HEARD[key] = listen(model, MADE.pop(key, None) or next(made), device, False)
     order = iter(order)
