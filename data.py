@@ -476,7 +476,7 @@ class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
 
     def __init__(self, seed, test=300):
-        self.seed, self.sets = seed, {"dev": 480, "clean": test, "hard": test, "ood": test}
+        self.seed, self.sets = seed, {"dev": 600, "clean": test, "hard": test, "ood": test}
         self.kept = {}
 
     def item(self, name, i):
