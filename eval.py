@@ -80,10 +80,10 @@ class Chunks(torch.utils.data.Dataset):
         return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(self.n, (k + 1) * self.size))])
 
 
-def loader(dataset, numbers, workers):
-    """dataset[k] for k in numbers, in order, made ahead in worker processes."""
+def loader(dataset, numbers, workers, depth=4):
+    """dataset[k] for k in numbers, in order, made in worker processes, each up to `depth` of them ahead."""
     # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
-    made = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=4 if workers else None,
+    made = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=depth if workers else None,
                       generator=torch.Generator())
     try:
         yield from made

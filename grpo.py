@@ -51,6 +51,8 @@ ALGOS = {
     "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
 }
 
+AHEAD_MOST = 500  # of RL's batches, those heard during SFT, on a CPU: with --prompts 24 some 500 MB
+
 
 # ---------------------------------------------------------------------------------------------- the method
 def group_advantages(rewards, std=True):
@@ -110,19 +112,16 @@ def rollout(model, frames, lengths, texts, reward, args):
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
-def gather_rollouts(model, loader, args, device, log, first):
+def gather_rollouts(model, supply, args, device, log):
     """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, varied) per batch that was drawn.
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
-        mel, lengths, items = next(loader)
+        frames, lengths, items = next(supply)
         with autocast(device):
-            frames, lengths = model.hear(mel.to(device), lengths.to(device))
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
-        if first + draw < args.control_batches and args.control_steps and args.prompts == args.batch:  # what the control will ask for
-            sft.HEARD["grpo", args.prompts, first + draw] = frames, lengths, items
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, tokens, n, advantages, varied))
         rewards_.append(rewards)
@@ -176,8 +175,9 @@ def main():
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     sft.check_stages(sft.ORDER, args)
     sft.check_config(*rl_config(args))
+    ahead = [("grpo", args.prompts, k) for k in range(min(args.steps, AHEAD_MOST))]
     for stage in sft.ORDER[:-1]:
-        sft.run_stage(stage, args, corpus)
+        sft.run_stage(stage, args, corpus, ahead if stage == "speech" else ())
     folder = train(args, corpus)
     sft.run_stage("control", args, corpus)
     report(args, corpus, folder)
@@ -214,11 +214,13 @@ def train(args, corpus):
         sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
-    loader = sft.batches(corpus, "grpo", args.prompts, range(drawn, most), args.workers)
+    again = args.control_batches if args.control_steps and args.prompts == args.batch else 0  # the control will ask for these
+    keys = [("grpo", args.prompts, k) for k in range(drawn, most)]
+    supply = sft.heard(keys, model, corpus, args, device, keep=lambda key: key[2] < again)
     started = saved = time.time()
     for step in bar:
         row = {}
-        parts = gather_rollouts(model, loader, args, device, row, drawn)
+        parts = gather_rollouts(model, supply, args, device, row)
         drawn += len(parts)
         update(model, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",

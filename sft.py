@@ -21,11 +21,13 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import shutil
 import time
+import zlib
 
 import torch
 from tqdm import tqdm
@@ -89,8 +91,8 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size)
-    MADE.clear()
-    HEARD.clear()
+    for kept in (MADE, HEARD, AHEAD):
+        kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     if args.max_new is None:
@@ -237,25 +239,76 @@ def cosine(step, steps, warmup):
 
 
 # ---------------------------------------------------------------------------------------------- data for a stage
+MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 250 MB
+HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; some 500 MB
+AHEAD = {}  # key -> the iterator that will yield it: what the workers hear during a stage for the stage after it
+
+
 class Batches(torch.utils.data.Dataset):
-    """Batch number k of a stage, a function of (seed, stage, k) alone: so a resumed run sees what it would have seen."""
+    """Batches by key (stream, size, k), functions of key and seed alone: so a resumed run sees what it would have seen.
 
-    def __init__(self, corpus, stage, size):
-        self.corpus, self.stage, self.size = corpus, stage, size
+    An index is a list of keys, which one worker makes together. With `ear`, a model, it hears them as well.
+    """
 
-    def __getitem__(self, k):
-        if self.stage in ("text", "read"):
-            return self.corpus.texts(self.stage, k, self.size)
-        return collate(self.corpus.train_batch(self.stage, k, self.size))
+    def __init__(self, corpus, ear=None):
+        self.corpus, self.ear = corpus, ear
+
+    def __getitem__(self, keys):
+        return [self.make(key) for key in keys]
+
+    def make(self, key):
+        stream, size, k = key
+        if stream in ("text", "read"):
+            return self.corpus.texts(stream, k, size)
+        batch = MADE.get(key) or collate(self.corpus.train_batch(stream, k, size))
+        if self.ear is None:
+            return batch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(repr((self.corpus.seed, key)).encode()))  # of the masks: the stream "speech" is masked
+            return listen(self.ear, batch, torch.device("cpu"), stream == "speech")
 
 
-def batches(corpus, stage, size, numbers, workers):
-    """The batches with these numbers, in order, made ahead in worker processes."""
-    return loader(Batches(corpus, stage, size), numbers, workers)
+def batches(corpus, keys, workers, ear=None, depth=2):
+    """The batches with these keys, in order, made by worker processes, each up to `depth` groups ahead."""
+    groups = [list(keys) for _, keys in itertools.groupby(keys, lambda key: (key[0], key[2] // data.GROUP))]
+    for group in loader(Batches(corpus, ear), groups, workers, depth):
+        yield from group
 
 
-MADE = {}   # (stream, size, k): batches of features that a later stage wants again; with the defaults some 500 MB, and in HEARD 400
-HEARD = {}  # the same, and "dev", as the frozen encoder's frames: they never change, so an utterance is heard once
+def heard(keys, model, corpus, args, device, keep=lambda key: False, ahead=()):
+    """Yields (frames (B, T', D), lengths, items) for each key. Those that `keep` says stay in HEARD, to come again.
+
+    On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want.
+    """
+    ear = model if device.type == "cpu" else None
+    missing = [key for key in dict.fromkeys([*keys, *(ahead if ear else ())]) if key not in HEARD and key not in AHEAD]
+    made = batches(corpus, missing, args.workers, ear, depth=len(missing) + 2 if all(map(keep, keys)) else 2)
+    AHEAD.update((key, made) for key in missing)
+    for key in keys:
+        batch = HEARD.get(key) or next(AHEAD.pop(key))
+        if key not in HEARD and ear is None:
+            batch = listen(model, batch, device, key[0] == "speech")
+        if keep(key):
+            HEARD[key] = batch
+        yield batch
+
+
+def replay(at_hand, different, steps):
+    """Which of a stage's `different` batches each step gets. A worker hears one of the first `at_hand`, which are made already, in
+    less than the time of 3 steps, and makes and hears another in 8; meanwhile those that it has heard come again, in turn."""
+    if different >= steps:
+        return list(range(steps))
+    pace = min(1, steps / (3 * min(at_hand, different) + 8 * max(0, different - at_hand)))  # quicker, and waiting, where time is short
+    order, known, turn, due = [], 0, 0, 0.0
+    for step in range(steps):
+        if known < different and step >= due:
+            order.append(known)
+            due += (3 if known < at_hand else 8) * pace
+            known += 1
+        else:
+            order.append(turn % known)
+            turn += 1
+    return order
 
 
 def training_texts(corpus):
@@ -420,8 +473,8 @@ def check_stages(stages, args):
 
 
 # ---------------------------------------------------------------------------------------------- loop
-def run_stage(stage, args, corpus):
-    """Trains one stage, or goes on with it, or finds it done. Returns its folder."""
+def run_stage(stage, args, corpus, ahead=()):
+    """Trains one stage, or goes on with it, or finds it done. Returns its folder. ahead: keys for `heard` that RL will want."""
     folder, steps, lr, size, stream, fresh, before = stage_plan(stage, args)
     state = open_run(folder, stage_config(stage, args))
     if steps == 0 and not state:
@@ -442,21 +495,15 @@ def run_stage(stage, args, corpus):
     if not state and stage == "control":  # the control may not end worse on dev than where it began
         best = dev_score(stage, model, dev, corpus, device, args.max_new)
         save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
-    # Where utterances come again, hear them all first. What the encoder stage made or GRPO heard in this process is at
-    # hand, the rest is made (again).
-    order = [k % fresh for k in range(first * args.accumulate, steps * args.accumulate)]
-    again = stream != stage and fresh < steps * args.accumulate
-    missing = [k for k in dict.fromkeys(order) if (stream, size, k) not in MADE and (stream, size, k) not in HEARD]
-    made = batches(corpus, stream, size, missing, args.workers)
-    use_cores(args.workers if missing and stage not in ("text", "read") else 0)  # texts cost a worker next to nothing
-    for k in tqdm(dict.fromkeys(order) if again else (), desc=f"hear {stage}", leave=False):
-        key = stream, size, k
-        use_cores(0 if key in MADE else args.workers)  # the worker begins with the first that is missing
-        if key not in HEARD:
-            HEARD[key] = listen(model, MADE.pop(key, None) or next(made), device, False)
-    order = iter(order)
-    if again:
-        use_cores(0)
+    draws = steps * args.accumulate
+    order = replay(args.encoder_steps * args.accumulate, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
+    order = [(stream, size, k) for k in order[first * args.accumulate:]]
+    if stage in ("speech", "control"):
+        supply = heard(order, model, corpus, args, device, keep=lambda key: fresh < draws, ahead=ahead)
+    else:
+        supply = batches(corpus, order, args.workers)
+    supply = zip(order, supply)
+    use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
     started = saved = time.time()
     average = state["average"] if state else None
@@ -464,12 +511,9 @@ def run_stage(stage, args, corpus):
         model.train()
         total, tokens = 0.0, 0
         for _ in range(args.accumulate):
-            key = stream, size, next(order)
-            batch = HEARD.get(key) or MADE.pop(key, None) or next(made)
+            key, batch = next(supply)
             if stage == "encoder" and not args.spec_augment and key[2] < args.speech_batches:
                 MADE[key] = batch
-            if stage in ("speech", "control") and key not in HEARD:
-                batch = listen(model, batch, device, args.spec_augment and stage == "speech")
             with autocast(device):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
             loss.backward()
@@ -492,8 +536,9 @@ def run_stage(stage, args, corpus):
             save(os.path.join(folder, "last.pt"), {**state, "average": average})
             saved = time.time()
     use_cores(args.workers)
-    for key in [key for key in HEARD if key[:1] == (stream,)]:
-        del HEARD[key]
+    for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
+        for key in [key for key in kept if key[:1] == (stream,)]:
+            del kept[key]
     return folder
 
 
