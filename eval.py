@@ -196,7 +196,7 @@ def main():
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
-    p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
+    p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: the run's, or 64")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")

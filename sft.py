@@ -63,15 +63,15 @@ def add_arguments(p):
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=3000, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-batches", type=int, default=520, help="different batches it hears; the first are the encoder's")
+    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=1800, help="optimiser steps of SFT continued: about as long as GRPO")
-    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 270")
+    p.add_argument("--control-steps", type=int, default=1500, help="optimiser steps of SFT continued: about as long as GRPO")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 240")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
-    p.add_argument("--test-size", type=int, default=300, help="utterances of each embedded test set")
+    p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
     p.add_argument("--dev-size", type=int, default=480, help="utterances of dev it looks at, at most")
 
@@ -83,7 +83,7 @@ def finish_arguments(args):
     kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
     args.name = args.name or f"{kind}-{args.seed}"
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 270 if args.control_batches is None else args.control_batches
+    args.control_batches = 240 if args.control_batches is None else args.control_batches
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -306,8 +306,8 @@ def replay(at_hand, different, steps):
             due += (3 if known < at_hand else 8) * pace
             known += 1
         else:
-            order.append(turn % known)
-            turn += 1
+            order.append(turn)
+            turn = (turn + 1) % known
     return order
 
 
@@ -492,9 +492,6 @@ def run_stage(stage, args, corpus, ahead=()):
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     log = Log(folder, first)
     dev = dev_set(stage, model, corpus, args)
-    if not state and stage == "control":  # the control may not end worse on dev than where it began
-        best = dev_score(stage, model, dev, corpus, device, args.max_new)
-        save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
     draws = steps * args.accumulate
     order = replay(args.encoder_steps * args.accumulate, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
     order = [(stream, size, k) for k in order[first * args.accumulate:]]

@@ -692,6 +692,56 @@ def test_speech_stage_trains_projection_and_llm_and_leaves_the_encoder():
     assert trained == {id(p) for p in [*model.projection.parameters(), *model.llm.parameters()]}
 
 
+def test_replay_brings_every_batch_and_none_again_too_soon():
+    """The control takes the turn modulo the number known, which grows: it comes back to a batch within some ten steps."""
+    def soon(order):  # the share of repetitions that come within a quarter of the batches known
+        last, repeats, early = {}, 0, 0
+        for step, k in enumerate(order):
+            assert k in last or k == len(last)
+            if k in last:
+                repeats += 1
+                early += step - last[k] < len(last) / 4
+            last[k] = step
+        return early / max(1, repeats), len(last)
+
+    def naive(at_hand, different, steps):
+        order, known = [], 0
+        for step in range(steps):
+            if known < different and step >= 3 * min(known, at_hand) + 8 * max(0, known - at_hand):
+                order.append(known)
+                known += 1
+            else:
+                order.append((step - known) % known)
+        return order
+
+    share, known = soon(sft.replay(280, 520, 3000))
+    assert share < 0.1 and known == 520
+    share, known = soon(naive(280, 520, 3000))
+    assert share > 0.3 and known == 520
+    for at_hand, different, steps in ((3, 3, 7), (280, 100, 500), (2, 50, 60), (1, 1, 4), (5, 20, 20)):
+        order = sft.replay(at_hand, different, steps)
+        assert len(order) == steps and soon(order)[1] == different
+
+
+def test_workers_hear_what_the_model_would_hear_and_mask_only_speech():
+    model, corpus, device = tiny_model(), data.open_corpus(None, 0, 3), torch.device("cpu")
+    args = argparse.Namespace(workers=1)
+    keys, ahead = [("encoder", 3, 1), ("speech", 3, 0), ("encoder", 3, 1)], [("grpo", 3, 0)]
+    sft.HEARD.clear()
+    got = list(sft.heard(keys, model, corpus, args, device, keep=lambda key: True, ahead=ahead))
+    assert list(sft.AHEAD) == ahead and got[2] is got[0]
+    got += sft.heard(ahead, model, corpus, args, device)
+    assert not sft.AHEAD
+    for (stream, size, k), (frames, lengths, items) in zip(keys + ahead, got):
+        batch = collate(corpus.train_batch(stream, k, size))
+        plain, n, rows = listen(model, batch, device, False)
+        assert [item["id"] for item in items] == [item["id"] for item in rows] and torch.equal(lengths, n)
+        assert torch.equal(frames, plain) == (stream != "speech")  # masked: a negative control for the comparison, too
+    again = next(sft.heard([keys[1]], model, corpus, argparse.Namespace(workers=0), device))
+    sft.HEARD.clear()
+    assert torch.equal(again[0], got[1][0])
+
+
 def test_read_stage_spells_in_mean_frames_and_trains_the_projection():
     corpus = data.open_corpus(None, 0, 3)
     units = tuple(sorted({u for text in corpus.all_texts() for u in corpus.spell(text)}))
