@@ -747,6 +747,8 @@ def noisy_view(audio, rng, hard=False):
     """Another take of the same utterance: quicker or slower (pitch and formants move along, as from another speaker)
     and, two times in three, in noise. `hard` goes further in both, always with noise: GRPO learns nothing from an
     utterance whose transcripts are all alike. float32 (n,) -> (n',)"""
+    if not audio.any():                      # digital silence has no level to set a noise against
+        return audio
     n = max(2, int(len(audio) / rng.uniform(*(HARD_VIEW_SPEED if hard else VIEW_SPEED))))
     audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
     if hard or rng.random() < 0.67:

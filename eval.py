@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,17 +81,34 @@ class Chunks(torch.utils.data.Dataset):
         return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(self.n, (k + 1) * self.size))])
 
 
+class Careful(torch.utils.data.Dataset):
+    """A dataset whose items are SystemExit where data.die ended the making of one, in a worker or here."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, k):
+        try:
+            return self.dataset[k]
+        except SystemExit as end:
+            return end
+
+
+def as_is(batch):
+    """What a loader does to what the dataset made: nothing."""
+    return batch
+
+
 def loader(dataset, numbers, workers, depth=4):
     """dataset[k] for k in numbers, in order, made in worker processes, each up to `depth` of them ahead."""
     # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
-    made = DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=depth if workers else None,
-                      generator=torch.Generator())
-    try:
-        yield from made
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e) or "exited" not in str(e):
-            raise
-        raise SystemExit(2) from None  # data.die has said why, over there
+    made = DataLoader(Careful(dataset), batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=depth if workers else None,
+                      collate_fn=as_is, generator=torch.Generator(),
+                      multiprocessing_context="fork" if workers and sys.platform == "linux" else None)  # sft.MADE goes along
+    for batch in made:
+        if isinstance(batch, SystemExit):
+            raise batch
+        yield batch
 
 
 def hear_set(model, corpus, name, workers=1, n=None):
@@ -189,11 +207,11 @@ HEADER = f"{'':<26} {'WER':>6} {'Ins':>6} {'Del':>6} {'Sub':>6}   95% interval o
 
 def main():
     """Command line: see the top of this file."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
     p.add_argument("--ckpt", required=True, help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--against", help="a second run, compared pairwise with the first")
-    p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
+    p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
@@ -206,6 +224,7 @@ def main():
     config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
     of_run = json.loads(Path(config).read_text()) if os.path.exists(config) else {}
     args.seed = of_run.get("seed", 0) if args.seed is None else args.seed
+    args.data = args.data or of_run.get("data")
     args.max_new = args.max_new or of_run.get("max_new", 64)
 
     if args.files:

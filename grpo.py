@@ -51,7 +51,7 @@ ALGOS = {
     "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
 }
 
-AHEAD_MOST = 500  # of RL's batches, those heard during SFT, on a CPU: with --prompts 24 some 500 MB
+AHEAD_MOST = 500  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 500 MB
 
 
 # ---------------------------------------------------------------------------------------------- the method
@@ -119,7 +119,7 @@ def gather_rollouts(model, supply, args, device, log):
     """
     parts, rewards_, cut, kept_total = [], [], [], 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
-        frames, lengths, items = next(supply)
+        _, (frames, lengths, items) = next(supply)
         with autocast(device):
             tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
         advantages, varied = group_advantages(rewards, args.std)
@@ -138,7 +138,7 @@ def gather_rollouts(model, supply, args, device, log):
 
 def main():
     """Command line: see the top of this file."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}")
     p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the six switches that follow")
     p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
@@ -168,10 +168,11 @@ def main():
         data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
-    if args.control_batches is None:  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
-        args.control_batches = math.ceil(args.steps * args.prompts / args.batch)
+    args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
+    if args.control_batches is None:
+        args.control_batches = args.steps
     corpus = sft.finish_arguments(args)
-    if args.rl_name and (os.sep in args.rl_name or args.rl_name in sft.ORDER):
+    if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     sft.check_stages(sft.ORDER, args)
     sft.check_config(*rl_config(args))
@@ -214,9 +215,10 @@ def train(args, corpus):
     dev_refs = [item["text"] for item in dev]
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
-    again = args.control_batches if args.control_steps and args.prompts == args.batch else 0  # the control will ask for these
+    # The control will ask for these again, if it has yet to run.
+    again = 0 if os.path.exists(os.path.join("runs", args.name, "control", "last.pt")) else min(AHEAD_MOST, sft.stage_plan("control", args)[5])
     keys = [("grpo", args.prompts, k) for k in range(drawn, most)]
-    supply = sft.heard(keys, model, corpus, args, device, keep=lambda key: key[2] < again)
+    supply = sft.heard(keys, model, corpus, args, device, keep=again)
     started = saved = time.time()
     for step in bar:
         row = {}
@@ -235,6 +237,7 @@ def train(args, corpus):
             state = sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
             sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn})
             saved = time.time()
+    sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
     return folder
 
 

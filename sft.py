@@ -9,8 +9,7 @@
 Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that
 was best on dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished
 stage is reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded
-corpus) the stage speech hears the utterances of the stage encoder and almost as many new ones, several times, and the
-control those of GRPO: making an utterance costs more than learning from it.
+corpus) the stage speech hears the utterances of the stage encoder and new ones, several times; the control hears those of GRPO: making an utterance costs more than learning from it.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
@@ -21,6 +20,7 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,6 +29,7 @@ import shutil
 import time
 import zlib
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -63,21 +64,21 @@ def add_arguments(p):
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=3000, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears; the first are the encoder's")
+    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears, kept in memory; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
     p.add_argument("--control-steps", type=int, default=1500, help="optimiser steps of SFT continued: about as long as GRPO")
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 240")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
-    p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step")
+    p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step, of the SFT stages")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
     p.add_argument("--dev-size", type=int, default=480, help="utterances of dev it looks at, at most")
 
 
 def finish_arguments(args):
-    """Fills what depends on other flags: the run's name, its folder, the corpus."""
+    """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     args.data = os.path.abspath(args.data) if args.data else None
     folder, kind = os.path.split(args.data or "embedded")
     kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
@@ -87,6 +88,8 @@ def finish_arguments(args):
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
+    if args.device and args.device.split(":")[0] not in ("cpu", "cuda"):
+        data.die(f"--device {args.device}: give cpu, cuda or cuda:N")
     if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     use_cores(args.workers)
@@ -119,7 +122,7 @@ def check_config(folder, config, remedy="--name"):
     if not os.path.exists(path):
         return
     with open(path) as f:
-        found = json.load(f)
+        found, config = json.load(f), json.loads(json.dumps(config))
     for key in sorted(config.keys() | found.keys()):
         if found.get(key) != config.get(key):
             was = "other settings of an earlier stage" if key == "before" else f"{key} {found.get(key)}, now {config.get(key)}"
@@ -239,7 +242,7 @@ def cosine(step, steps, warmup):
 
 
 # ---------------------------------------------------------------------------------------------- data for a stage
-MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 250 MB
+MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 600 MB
 HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; some 500 MB
 AHEAD = {}  # key -> the iterator that will yield it: what the workers hear during a stage for the stage after it
 
@@ -247,20 +250,21 @@ AHEAD = {}  # key -> the iterator that will yield it: what the workers hear duri
 class Batches(torch.utils.data.Dataset):
     """Batches by key (stream, size, k), functions of key and seed alone: so a resumed run sees what it would have seen.
 
-    An index is a list of keys, which one worker makes together. With `ear`, a model, it hears them as well.
+    An index is a list of keys, which one worker makes together. With `ear`, a model, it hears them as well. Tensors go home as
+    numpy arrays: as tensors each would hold a file descriptor for as long as it lives, and 1,024 are often all there are.
     """
 
     def __init__(self, corpus, ear=None):
         self.corpus, self.ear = corpus, ear
 
     def __getitem__(self, keys):
-        return [self.make(key) for key in keys]
+        return [tuple(x.numpy() if torch.is_tensor(x) else x for x in self.make(key)) for key in keys]
 
     def make(self, key):
         stream, size, k = key
         if stream in ("text", "read"):
             return self.corpus.texts(stream, k, size)
-        batch = MADE.get(key) or collate(self.corpus.train_batch(stream, k, size))
+        batch = MADE.get(key) or collate(self.corpus.train_batch(stream, k, size))  # without fork (macOS) MADE is empty here
         if self.ear is None:
             return batch
         with torch.random.fork_rng(devices=[]):
@@ -269,33 +273,38 @@ class Batches(torch.utils.data.Dataset):
 
 
 def batches(corpus, keys, workers, ear=None, depth=2):
-    """The batches with these keys, in order, made by worker processes, each up to `depth` groups ahead."""
+    """(key, batch) for these keys, in order, made by worker processes, each up to `depth` groups of the corpus's ahead."""
     groups = [list(keys) for _, keys in itertools.groupby(keys, lambda key: (key[0], key[2] // data.GROUP))]
-    for group in loader(Batches(corpus, ear), groups, workers, depth):
-        yield from group
+    for keys, group in zip(groups, loader(Batches(corpus, ear), groups, workers, depth)):
+        for key, batch in zip(keys, group):
+            yield key, tuple(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
 
 
-def heard(keys, model, corpus, args, device, keep=lambda key: False, ahead=()):
-    """Yields (frames (B, T', D), lengths, items) for each key. Those that `keep` says stay in HEARD, to come again.
+def heard(keys, model, corpus, args, device, keep=0, ahead=()):
+    """Yields (key, (frames (B, T', D), lengths, items)) for each key. Those numbered below `keep` stay in HEARD, to come again.
 
     On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want.
     """
     ear = model if device.type == "cpu" else None
-    missing = [key for key in dict.fromkeys([*keys, *(ahead if ear else ())]) if key not in HEARD and key not in AHEAD]
-    made = batches(corpus, missing, args.workers, ear, depth=len(missing) + 2 if all(map(keep, keys)) else 2)
+    turn = {}  # of a group of batches, which are made together: when one of them is wanted first
+    for key in keys:
+        turn.setdefault(key[2] // data.GROUP, len(turn))
+    wanted = sorted(set(keys), key=lambda key: (turn[key[2] // data.GROUP], key[2]))
+    missing = [key for key in (*wanted, *(ahead if ear else ())) if key not in HEARD and key not in AHEAD]
+    # What is kept anyway may be heard as early as the workers can; else they wait when they are two groups ahead.
+    made = batches(corpus, missing, args.workers, ear, depth=200 if all(key[2] < keep for key in keys) else 2)
     AHEAD.update((key, made) for key in missing)
     for key in keys:
-        batch = HEARD.get(key) or next(AHEAD.pop(key))
-        if key not in HEARD and ear is None:
-            batch = listen(model, batch, device, key[0] == "speech")
-        if keep(key):
-            HEARD[key] = batch
-        yield batch
+        while key not in HEARD:
+            got, batch = next(AHEAD[key])
+            del AHEAD[got]
+            HEARD[got] = batch if ear else listen(model, batch, device, got[0] == "speech")
+        yield key, HEARD[key] if key[2] < keep else HEARD.pop(key)
 
 
 def replay(at_hand, different, steps):
     """Which of a stage's `different` batches each step gets. A worker hears one of the first `at_hand`, which are made already, in
-    less than the time of 3 steps, and makes and hears another in 8; meanwhile those that it has heard come again, in turn."""
+    less than the time of 3 steps, and makes and hears another in 8 (measured on the defaults; else one waits for the other); meanwhile those that it has heard come again, in turn."""
     if different >= steps:
         return list(range(steps))
     pace = min(1, steps / (3 * min(at_hand, different) + 8 * max(0, different - at_hand)))  # quicker, and waiting, where time is short
@@ -461,6 +470,8 @@ def stage_config(stage, args):
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
     return {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
             "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
+               if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
                if stage in ("speech", "control") else {}),
             "before": before and stage_config(os.path.basename(before), args)}
@@ -496,10 +507,9 @@ def run_stage(stage, args, corpus, ahead=()):
     order = replay(args.encoder_steps * args.accumulate, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
     order = [(stream, size, k) for k in order[first * args.accumulate:]]
     if stage in ("speech", "control"):
-        supply = heard(order, model, corpus, args, device, keep=lambda key: fresh < draws, ahead=ahead)
+        supply = heard(order, model, corpus, args, device, keep=fresh if fresh < draws else 0, ahead=ahead)
     else:
         supply = batches(corpus, order, args.workers)
-    supply = zip(order, supply)
     use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
     started = saved = time.time()
@@ -534,14 +544,14 @@ def run_stage(stage, args, corpus, ahead=()):
             saved = time.time()
     use_cores(args.workers)
     for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
-        for key in [key for key in kept if key[:1] == (stream,)]:
+        for key in [key for key in kept if key[0] == stream]:
             del kept[key]
     return folder
 
 
 def main():
     """Command line: see the top of this file."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--stage", choices=ORDER, default="speech", help="the last stage to run; those before it are run or reused")
     add_arguments(p)
     args = p.parse_args()

@@ -32,6 +32,7 @@ import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
 from eval import collate, compare, transcribe, wer_interval
+from eval import loader as eval_loader
 from eval import main as eval_main
 from grpo import ALGOS, group_advantages, policy_loss, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
@@ -726,20 +727,46 @@ def test_replay_brings_every_batch_and_none_again_too_soon():
 def test_workers_hear_what_the_model_would_hear_and_mask_only_speech():
     model, corpus, device = tiny_model(), data.open_corpus(None, 0, 3), torch.device("cpu")
     args = argparse.Namespace(workers=1)
-    keys, ahead = [("encoder", 3, 1), ("speech", 3, 0), ("encoder", 3, 1)], [("grpo", 3, 0)]
+    keys, ahead = [("encoder", 3, 1), ("speech", 3, 0), ("encoder", 3, 1)], [("grpo", 3, 0), ("grpo", 3, 5)]
     sft.HEARD.clear()
-    got = list(sft.heard(keys, model, corpus, args, device, keep=lambda key: True, ahead=ahead))
-    assert list(sft.AHEAD) == ahead and got[2] is got[0]
-    got += sft.heard(ahead, model, corpus, args, device)
-    assert not sft.AHEAD
-    for (stream, size, k), (frames, lengths, items) in zip(keys + ahead, got):
+    got = list(sft.heard(keys, model, corpus, args, device, keep=9, ahead=ahead))
+    assert list(sft.AHEAD) == ahead and got[2][1] is got[0][1]
+    got += sft.heard(ahead[1:], model, corpus, args, device)  # the first of them is not asked for: it waits in HEARD
+    assert not sft.AHEAD and ahead[0] in sft.HEARD
+    for ((stream, size, k), (frames, lengths, items)), key in zip(got, keys + ahead[1:], strict=True):
+        assert key == (stream, size, k)
         batch = collate(corpus.train_batch(stream, k, size))
         plain, n, rows = listen(model, batch, device, False)
         assert [item["id"] for item in items] == [item["id"] for item in rows] and torch.equal(lengths, n)
         assert torch.equal(frames, plain) == (stream != "speech")  # masked: a negative control for the comparison, too
-    again = next(sft.heard([keys[1]], model, corpus, argparse.Namespace(workers=0), device))
     sft.HEARD.clear()
-    assert torch.equal(again[0], got[1][0])
+    _, again = next(sft.heard([keys[1]], model, corpus, argparse.Namespace(workers=0), device))
+    sft.HEARD.clear()
+    assert torch.equal(again[0], got[1][1][0])
+
+
+class Broken(torch.utils.data.Dataset):
+    """Item 1 cannot be made."""
+
+    def __getitem__(self, k):
+        return [k] if k != 1 else data.die("x.wav: broken")
+
+
+def test_workers_pass_on_bad_input_and_hold_no_files_open(capfd):
+    with pytest.raises(SystemExit) as end:
+        list(eval_loader(Broken(), range(3), 1))
+    assert end.value.code == 2 and capfd.readouterr().err == "error: x.wav: broken\n"
+    if not os.path.isdir("/proc/self/fd"):
+        return
+
+    def opened(batches):
+        before, kept = len(os.listdir("/proc/self/fd")), list(batches)
+        return len(os.listdir("/proc/self/fd")) - before, kept
+
+    corpus, keys = data.open_corpus(None, 0, 3), [("encoder", 1, k) for k in range(24)]
+    assert opened(sft.batches(corpus, keys, 1))[0] < 12
+    plain = torch.utils.data.DataLoader([torch.zeros(1000) for _ in range(24)], batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert opened(plain)[0] >= 24  # the control: a tensor from a worker holds a file open
 
 
 def test_read_stage_spells_in_mean_frames_and_trains_the_projection():
