@@ -215,8 +215,8 @@ def train(args, corpus):
     dev_refs = [item["text"] for item in dev]
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
-    # The control will ask for these again, if it has yet to run.
-    again = 0 if os.path.exists(os.path.join("runs", args.name, "control", "last.pt")) else min(AHEAD_MOST, sft.stage_plan("control", args)[5])
+    control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
+    again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST, different)
     keys = [("grpo", args.prompts, k) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
     started = saved = time.time()

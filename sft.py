@@ -9,7 +9,8 @@
 Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that
 was best on dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished
 stage is reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded
-corpus) the stage speech hears the utterances of the stage encoder and new ones, several times; the control hears those of GRPO: making an utterance costs more than learning from it.
+corpus) the stage speech hears the utterances of the stage encoder and new ones, several times: making an utterance costs
+more than learning from it. The control hears those of GRPO.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
@@ -64,7 +65,7 @@ def add_arguments(p):
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--speech-steps", type=int, default=3000, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears, kept in memory; the first are the encoder's")
+    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears, and keeps; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
     p.add_argument("--control-steps", type=int, default=1500, help="optimiser steps of SFT continued: about as long as GRPO")
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 240")
@@ -303,8 +304,9 @@ def heard(keys, model, corpus, args, device, keep=0, ahead=()):
 
 
 def replay(at_hand, different, steps):
-    """Which of a stage's `different` batches each step gets. A worker hears one of the first `at_hand`, which are made already, in
-    less than the time of 3 steps, and makes and hears another in 8 (measured on the defaults; else one waits for the other); meanwhile those that it has heard come again, in turn."""
+    """Which of a stage's `different` batches each step gets. A worker hears one of the first `at_hand`, which are made already,
+    in less than the time of 3 steps, and makes and hears another in 8 (with the defaults; else one waits for the other);
+    meanwhile those that it has heard come again, in turn."""
     if different >= steps:
         return list(range(steps))
     pace = min(1, steps / (3 * min(at_hand, different) + 8 * max(0, different - at_hand)))  # quicker, and waiting, where time is short
