@@ -42,7 +42,7 @@ from encoder import length_mask
 from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
                   wer, wer_interval)
 from model import EOS, beam_search, generate
-from rewards import REWARDS, normalize
+from rewards import REWARDS, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; its runs without the KL are no worse, and save the reference's forward pass.
 ALGOS = {
@@ -107,8 +107,8 @@ def rollout(model, frames, lengths, texts, reward, args):
     else:
         tokens, n, logps = generate(model, prompt, args.G, args.max_new, args.temperature)
     hyps = model.decode(tokens, n)
-    refs = [text for text in texts for _ in range(args.G)]
-    scores = torch.tensor([REWARDS[reward](ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
+    refs, reward = [text for text in texts for _ in range(args.G)], parse_reward(reward)
+    scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
@@ -139,7 +139,7 @@ def gather_rollouts(model, supply, args, device, log):
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}")
+    p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}, or a sum: wer+0.5*em")
     p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the six switches that follow")
     p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
     p.add_argument("--eps-low", type=float, help="the clip's lower half-width")
@@ -164,8 +164,10 @@ def main():
     for key, value in ALGOS[args.algo].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.reward not in REWARDS:
-        data.die(f"--reward {args.reward}: no such reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS)")
+    try:
+        parse_reward(args.reward)
+    except ValueError as e:
+        data.die(f"--reward {args.reward}: {e}")
     if args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
@@ -188,7 +190,7 @@ def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
                 "max_new", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
-    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}")
+    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
 
 

@@ -1,4 +1,4 @@
-"""Rewards of generated text, and the rates that evaluate it: word error rate, exact match, edits, BLEU.
+"""Rewards of generated text, and the rates that evaluate it: word error rate, exact match, edits, BLEU, ROUGE, METEOR.
 
 A reward is a plain function of two strings, reference `ref` and hypothesis `hyp`; higher is better.  With
 S substitutions, D deletions, I insertions that turn the N words of `ref` into those of `hyp`:
@@ -6,11 +6,13 @@ S substitutions, D deletions, I insertions that turn the N words of `ref` into t
     wer    -(S + D + I) / N     arXiv 2509.01939 (GRPO for speech recognition)
     em     1[ref = hyp]         arXiv 2509.01939
     ed     -(S + D + I)         arXiv 2509.01939
-    bleu   sentence BLEU        arXiv 2509.16990 (GRPO for speech translation and question answering)
+    cer    as wer, in characters, spaces among them
+    bleu, rouge1, rouge2, rougeL, meteor    2509.16990 (GRPO for speech translation and question answering)
 
-The first three see normalised text, the same `normalize` that evaluation applies; BLEU sees the strings as
-given.  `word_error_rate` agrees with jiwer 4.0 and BLEU with sacreBLEU 2.6, so figures compare with published
-ones; neither package is needed here.  Order: normalisation, edit alignment, word error rate, BLEU, REWARDS.
+The first four see normalised text, the same `normalize` that evaluation applies; the others the strings as given.
+`word_error_rate` and CER agree with jiwer 4.0, BLEU with sacreBLEU 2.6, ROUGE with rouge-score 0.1, METEOR with NLTK 3
+(given no stemmer and no WordNet), so figures compare with published ones; none of these packages is needed here.
+Order: normalisation, edit alignment, error rates, BLEU, ROUGE, METEOR, REWARDS.
 """
 
 import functools
@@ -71,7 +73,11 @@ def edit_counts(ref, hyp):
     the alignments with the fewest edits, this is the one that jiwer 4 (rapidfuzz) reports.  Levenshtein
     distance by dynamic programming (Wagner and Fischer 1974): time and memory grow as the product of lengths.
     """
-    ref, hyp = _split_words(ref), _split_words(hyp)
+    return _edits(_split_words(ref), _split_words(hyp))
+
+
+def _edits(ref, hyp):
+    """edit_counts of two sequences of anything: words, or the characters of a string."""
     if ref == hyp:  # the commonest case late in training
         return 0, 0, 0
     # Some minimal alignment matches the words shared at both ends.  Leaving them out is faster and, at the
@@ -218,6 +224,53 @@ def corpus_bleu(refs, hyps):
     return 100 * _bleu(counts, effective_order=False)
 
 
+# ------------------------------------------------------------------------------------------- ROUGE and METEOR
+
+ROUGE_WORD = re.compile("[a-z0-9]+")  # rouge-score's: letters beyond ASCII separate words
+
+
+def _f_measure(matched, ref_total, hyp_total):
+    """Harmonic mean of precision matched / hyp_total and recall matched / ref_total; 0 where nothing matches."""
+    return 2 * matched / (ref_total + hyp_total) if matched else 0.0
+
+
+def rouge_n(ref, hyp, n):
+    """ROUGE-n of one pair (Lin 2004), in [0, 1]: the F-measure of n-grams, repeated ones clipped as in BLEU."""
+    ref, hyp = (Counter(zip(*(words[i:] for i in range(n)))) for words in (ROUGE_WORD.findall(t.lower()) for t in (ref, hyp)))
+    return _f_measure(sum((ref & hyp).values()), sum(ref.values()), sum(hyp.values()))
+
+
+def rouge_l(ref, hyp):
+    """ROUGE-L of one pair (Lin 2004), in [0, 1]: the F-measure of the longest common subsequence of words."""
+    ref, hyp = (ROUGE_WORD.findall(text.lower()) for text in (ref, hyp))
+    row = [0] * (len(hyp) + 1)  # row[j]: the longest of ref so far and of hyp[:j]
+    for word in ref:
+        diagonal = 0
+        for j, other in enumerate(hyp, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return _f_measure(row[-1], len(ref), len(hyp))
+
+
+def meteor(ref, hyp, alpha=0.9, beta=3.0, gamma=0.5):
+    """METEOR of one pair (Banerjee and Lavie 2005; these weights: Lavie and Agarwal 2007), in [0, 1).
+
+    Exact matches of lower-case words only, split at white space: no stems, no WordNet, so figures lie below published
+    ones. F = P R / (alpha P + (1 - alpha) R), times 1 - gamma (chunks / matches) ** beta, where a chunk is a run of
+    matches that are neighbours in both. Of equal words the last pair up first, as in NLTK: not always the fewest chunks.
+    """
+    ref, hyp = ref.lower().split(), hyp.lower().split()
+    places = {}
+    for i, word in enumerate(ref):
+        places.setdefault(word, []).append(i)
+    pairs = [(j, places[hyp[j]].pop()) for j in reversed(range(len(hyp))) if places.get(hyp[j])]
+    if not pairs:
+        return 0.0
+    chunks = 1 + sum(a[0] - b[0] != 1 or a[1] - b[1] != 1 for a, b in zip(pairs, pairs[1:]))
+    precision, recall = len(pairs) / len(hyp), len(pairs) / len(ref)
+    mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
+    return mean * (1 - gamma * (chunks / len(pairs)) ** beta)
+
+
 # --------------------------------------------------------------------------------------------------- REWARDS
 
 
@@ -237,7 +290,30 @@ def edit_distance_reward(ref, hyp):
     return float(-sum(edit_counts(normalize(ref), normalize(hyp))))
 
 
+def character_error_reward(ref, hyp):
+    """-(S + D + I) / N in characters of normalised text, N = max(1, characters of ref)."""
+    ref, hyp = normalize(ref), normalize(hyp)
+    return -sum(_edits(ref, hyp)) / max(1, len(ref))
+
+
 # Rewards by name.  To add one, write a function of (ref, hyp) that returns a float, higher for better, and
 # name it here; for instance, one for hypotheses that start as the reference does:
 #     "first": lambda ref, hyp: float(normalize(ref).split()[:1] == normalize(hyp).split()[:1]),
-REWARDS = {"wer": wer_reward, "em": exact_match_reward, "ed": edit_distance_reward, "bleu": sentence_bleu}
+REWARDS = {
+    "wer": wer_reward, "em": exact_match_reward, "ed": edit_distance_reward, "cer": character_error_reward, "bleu": sentence_bleu,
+    "rouge1": lambda ref, hyp: rouge_n(ref, hyp, 1), "rouge2": lambda ref, hyp: rouge_n(ref, hyp, 2), "rougeL": rouge_l,
+    "meteor": meteor,
+}
+
+
+def parse_reward(spec):
+    """"wer+0.5*em" -> a function of (ref, hyp), the weighted sum. ValueError, naming the term, if it is none."""
+    terms = []
+    for term in spec.split("+"):
+        weight, _, name = term.strip().rpartition("*")
+        try:
+            terms.append((float(weight or 1), REWARDS[name.strip()]))
+        except (KeyError, ValueError):
+            raise ValueError(f"{term.strip()!r} is no reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS) and sums "
+                             "such as wer+0.5*em") from None
+    return lambda ref, hyp: sum(weight * reward(ref, hyp) for weight, reward in terms)

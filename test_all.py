@@ -293,6 +293,47 @@ def test_normalize_is_idempotent():
         check(composed_only_at_the_start)
 
 
+# (ref, hyp, ROUGE-1, ROUGE-2, ROUGE-L, METEOR, CER) from rouge-score 0.1.2, NLTK 3.10 (identity stemmer, empty WordNet), jiwer 4.0.0.
+OVERLAPS = [("the cat sat on the mat", "the cat the mat sat on", 1.0, 0.6, 0.666667, 0.9375, 0.545455),
+            ("one two three four", "one two four", 0.857143, 0.4, 0.857143, 0.655271, 0.333333),
+            ("a b a b", "b a b a a", 0.888889, 0.571429, 0.666667, 0.487805, 0.428571),
+            ("Die Tür, bitte", "die tür bitte", 1.0, 1.0, 1.0, 0.333333, 0.0),
+            ("open the door", "", 0.0, 0.0, 0.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize("ref, hyp, rouge1, rouge2, rouge_l, meteor, cer", OVERLAPS)
+def test_overlap_rewards_against_stored_figures(ref, hyp, rouge1, rouge2, rouge_l, meteor, cer):
+    got = [REWARDS[name](ref, hyp) for name in ("rouge1", "rouge2", "rougeL", "meteor", "cer")]
+    assert got == pytest.approx([rouge1, rouge2, rouge_l, meteor, -cer], abs=1e-6)
+
+
+def test_overlap_rewards_against_their_packages():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    nltk = pytest.importorskip("nltk.translate.meteor_score")
+    nothing = argparse.Namespace(stem=lambda word: word, synsets=lambda word: [])
+    rng = random.Random(0)
+    for _ in range(500):
+        ref, hyp = (" ".join(rng.choices(["the", "cat", "Cat", "on", "a", "für", "it's", "42", "x."], k=rng.randrange(9))) for _ in range(2))
+        for name, score in scorer.score(ref, hyp).items():
+            assert REWARDS[name](ref, hyp) == pytest.approx(score.fmeasure)
+        assert rewards.meteor(ref, hyp) == pytest.approx(nltk.single_meteor_score(ref.split(), hyp.split(), stemmer=nothing, wordnet=nothing))
+
+
+def test_longest_common_subsequence_against_enumeration_and_sums_of_rewards():
+    def longest(a, b):
+        return 0 if not a or not b else max(longest(a[1:], b), longest(a, b[1:]), (a[0] == b[0]) + longest(a[1:], b[1:]) if a[0] == b[0] else 0)
+
+    rng = random.Random(1)
+    for _ in range(50):
+        a, b = (rng.choices("xyz", k=rng.randrange(1, 7)) for _ in range(2))
+        assert rewards.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(2 * longest(a, b) / (len(a) + len(b)))
+    mixed = rewards.parse_reward("wer+0.5*em + -2*cer")
+    assert mixed("one two", "one too") == pytest.approx(-0.5 + 2 / 7)
+    for bad in ("", "fun", "wer+", "x*wer", "wer*2"):
+        with pytest.raises(ValueError, match="no reward"):
+            rewards.parse_reward(bad)
+
+
 def test_rewards():
     def values(ref, hyp):
         return [rewards.REWARDS[name](ref, hyp) for name in ("wer", "em", "ed", "bleu")]
@@ -1223,7 +1264,7 @@ def test_main_job_in_miniature(tmp_path):
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
 
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for bad, argv in (("no such reward", ["grpo.py", "--reward", "fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
+    for bad, argv in (("'fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
