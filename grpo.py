@@ -17,6 +17,11 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     token         1 / (sum_i len_i)         DAPO (2503.14476): every token weighs the same
     constant      1 / (G L), L = --max-new  Dr. GRPO: no length bias
 
+    --off-policy  the group's last member is not a sample (MP-GRPO, 2509.16990, after LUFFY, 2504.14945)
+    reference     G - 1 samples and the reference, for which pi_old := 1 and nothing is clipped: r = pi_theta, or with
+                  --shaping g r = pi_theta / (pi_theta + g), lest tokens that are unlikely learn next to nothing
+    duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled
+
 (The mean over utterances as well, in the first and third; all counts are over the whole optimiser step. Beam hypotheses,
 --rollout beam, are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. Only with
 --updates above 1 can r differ from 1, and the clip act; what is logged is then the last update's.)
@@ -34,6 +39,7 @@ import os
 import time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -41,7 +47,7 @@ import sft
 from encoder import length_mask
 from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
                   wer, wer_interval)
-from model import EOS, beam_search, generate
+from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; its runs without the KL are no worse, and save the reference's forward pass.
@@ -68,15 +74,20 @@ def group_advantages(rewards, std=True):
     return advantages * varied[:, None], varied
 
 
-def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_high):
+def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_high, off=None, shaping=0.0):
     """Eq. 3 with its sign turned, summed over N transcripts, and how many tokens the clip held back.
 
     logp, old, ref (N, T): log-probabilities under the policy, under the one that wrote the rollout, and under the SFT
     model (None if beta is 0); advantages (N,); mask (N, T) true on o_1 .. <EOS>; weight (N, T) or broadcast: w_it.
+    off (N,): true for references that stand in for samples (MP-GRPO); None for none.
     """
     A = advantages[:, None]
     ratio = (logp - old).masked_fill(~mask, 0.0).exp()                         # Eq. 4 (N, T)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    if off is not None:
+        p = logp.masked_fill(~mask, 0.0).exp()
+        ratio = torch.where(off[:, None], p / (p + shaping) if shaping else p, ratio)
+        clipped = torch.where(off[:, None], ratio, clipped)
     gain = torch.minimum(ratio * A, clipped * A)
     if beta:
         gap = (ref - logp).masked_fill(~mask, 0.0)  # masked before exp: padding could overflow
@@ -93,22 +104,48 @@ def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
     return torch.full((len(lengths), 1), weight, device=lengths.device)
 
 
+def with_references(tokens, n, targets, lengths, G, how):
+    """Puts the references, targets (B, U) and lengths (B,) with <EOS>, into the groups: see --off-policy above.
+
+    tokens (B * G', T), n (B * G',) with G' = G - 1 for "reference", else G -> (B * G, max(T, U)), (B * G,).
+    """
+    B, T = len(targets), max(tokens.shape[1], targets.shape[1])
+    tokens, targets = (F.pad(x, (0, T - x.shape[1]), value=PAD) for x in (tokens, targets))
+    if how == "reference":
+        tokens = torch.cat([tokens.view(B, G - 1, T), targets[:, None]], 1)    # (B, G, T)
+        return tokens.view(B * G, T), torch.cat([n.view(B, G - 1), lengths[:, None]], 1).flatten()
+    tokens, n = tokens.clone(), n.clone()
+    for b in range(B):
+        said = [tuple(tokens[i, :n[i]].tolist()) for i in range(b * G, (b + 1) * G)]
+        reference = tuple(targets[b, :lengths[b]].tolist())
+        repeated = [i for i in range(G) if said[i] in said[:i]]
+        if repeated and reference not in said:
+            tokens[b * G + repeated[-1]], n[b * G + repeated[-1]] = targets[b], lengths[b]
+    return tokens, n
+
+
 @torch.no_grad()
 def rollout(model, frames, lengths, texts, reward, args):
-    """Encoder frames (B, T', D) -> N transcripts as tokens, lengths, log-probabilities (None of beams), rewards (B, G), strings.
+    """Encoder frames (B, T', D) -> N transcripts as tokens, lengths, log-probabilities (of samples), rewards (B, G), strings.
 
     The prompt runs once for the group.
     """
     model.eval()
     prompt = model.prefill(*model.embed_prompt(frames, lengths))
+    G = args.G - (args.off_policy == "reference")
     if args.rollout == "beam":
-        tokens, n, _ = beam_search(model, prompt, args.G, args.max_new)
+        tokens, n, _ = beam_search(model, prompt, G, args.max_new)
         logps = None
     else:
-        tokens, n, logps = generate(model, prompt, args.G, args.max_new, args.temperature)
+        tokens, n, logps = generate(model, prompt, G, args.max_new, args.temperature)
+    if args.off_policy:
+        tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
+        logps = None
     hyps = model.decode(tokens, n)
     refs, reward = [text for text in texts for _ in range(args.G)], parse_reward(reward)
     scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
+    if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
+        scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
     return tokens, n, logps, scores.view(-1, args.G), hyps
 
 
@@ -157,6 +194,9 @@ def main():
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
+    p.add_argument("--off-policy", choices=["reference", "duplicate"], help="the reference as a member of the group: see above")
+    p.add_argument("--shaping", type=float, default=0.0, help="with --off-policy reference: LUFFY's p / (p + SHAPING), 0.1 there")
+    p.add_argument("--overlong", type=int, default=0, help="DAPO's soft punishment of the last so many tokens before --max-new")
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
@@ -189,7 +229,7 @@ def main():
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "max_new", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+                "off_policy", "shaping", "overlong", "max_new", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
 
@@ -255,12 +295,13 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         keep = counted if args.beta else varied
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
-            pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), None])
+            off = each % args.G == args.G - 1 if args.off_policy == "reference" else None
+            pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), off, None])
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0
         for piece in pieces:
-            frames, lengths, tokens, n, advantages, old = piece
+            frames, lengths, tokens, n, advantages, off, old = piece
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
             with autocast(device):
@@ -272,10 +313,10 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                         prompt = reference.prefill(*reference.embed_prompt(frames, lengths))
                         ref, _ = reference.token_logps(tokens, prompt, args.temperature)
             if u == 0:
-                piece[5] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
-                old = piece[5]
+                old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
-            loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high)
+            loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
+                                     args.shaping)
             loss.backward()
             with torch.no_grad():
                 total, held, seen = total + float(loss), held + float(clip), seen + float(mask.sum())

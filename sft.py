@@ -42,7 +42,7 @@ from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
-               "eps_high", "std", "dynamic_sampling"}
+               "eps_high", "std", "dynamic_sampling", "shaping", "overlong"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 

@@ -923,6 +923,50 @@ def test_loss_against_a_loop_written_from_the_equations(algo):
             check(vector_loss(*case[:5], other, 9))
 
 
+@pytest.mark.parametrize("shaping", [0.0, 0.1])
+def test_mixed_policy_gradient_on_the_reference(shaping):
+    """MP-GRPO: on a token of the reference with probability p the gain's gradient is A p grad log p, unclipped; with shaping g it is
+    A p g / (p + g)^2 grad log p. The other rows keep the plain loss. The control clips the reference, too: at p < 0.8 it learns nothing.
+    """
+    logp, old, _, lengths, rewards = loss_case()
+    advantages = group_advantages(rewards)[0].flatten()
+    mask, N = length_mask(lengths, logp.shape[1]), len(lengths)
+    off = torch.arange(N) % rewards.shape[1] == rewards.shape[1] - 1
+
+    def gradient(off):
+        loss, _ = policy_loss(logp, old, None, advantages, mask, torch.ones(N, 1).double(), 0.0, 0.2, 0.2, off, shaping)
+        return -torch.autograd.grad(loss, logp)[0]
+
+    p = logp.detach().exp()
+    expected = advantages[:, None] * (p if not shaping else p * shaping / (p + shaping) ** 2) * mask
+    assert torch.allclose(gradient(off)[off], expected[off].to(logp.dtype), rtol=1e-5)
+    assert torch.equal(gradient(off)[~off], gradient(None)[~off])
+    assert not torch.allclose(gradient(None)[off], expected[off].to(logp.dtype), rtol=1e-2)
+
+
+def test_references_join_their_groups():
+    """--off-policy: the reference is the last of its group, or takes the place of a repetition, once; rewards see it."""
+    model, texts = tiny_model(), ["one two", "three"]
+    targets, lengths = targets_of(model, texts, "cpu")
+    tokens = torch.tensor([[9, EOS, PAD], [9, EOS, PAD], [9, 8, EOS], [7, EOS, PAD], [8, EOS, PAD], [10, EOS, PAD]])
+    n = torch.tensor([2, 2, 3, 2, 2, 2])
+    rows, long = grpo.with_references(tokens, n, targets, lengths, 4, "reference")
+    assert [model.decode(rows[i:i + 1], long[i:i + 1])[0] for i in (3, 7)] == texts and torch.equal(rows[4:7, :3], tokens[3:])
+    rows, long = grpo.with_references(tokens, n, targets, lengths, 3, "duplicate")
+    assert model.decode(rows[1:2], long[1:2]) == ["one two"] and torch.equal(rows[[0, 2, 3, 4, 5], :3], tokens[[0, 2, 3, 4, 5]])
+    again, _ = grpo.with_references(rows, long, targets, lengths, 3, "duplicate")
+    assert torch.equal(again, rows)
+    args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0)
+    frames = some_frames(2)
+    tokens, n, _, scores, hyps = rollout(model, *frames, texts, "em", args)
+    assert hyps[2::3] == texts and scores[:, 2].tolist() == [1, 1] and scores.shape == (2, 3)
+    args.overlong = 4  # of the 5 tokens of room, the last four are punished, step by step
+    torch.manual_seed(0)
+    _, n, _, scores, hyps = rollout(model, *frames, texts, "em", args)
+    plain = torch.tensor([float(hyp == ref) for hyp, ref in zip(hyps, [t for t in texts for _ in range(3)])])
+    assert torch.allclose(scores.flatten() - plain, -((n - 1).clamp(0, 4) / 4))
+
+
 def test_token_loss_counts_over_the_whole_step():
     """Fault 4 for RL: two micro-batches of unequal length, weights from the counts of both."""
     logp, old, ref, lengths, rewards = loss_case(B=2)
@@ -997,7 +1041,7 @@ def test_rewards_go_to_their_own_group(monkeypatch):
     """Fault 5: row n is a sample of utterance n // G, whatever the prompts' text."""
     model = tiny_model()
     monkeypatch.setitem(REWARDS, "seen", lambda ref, hyp: float(ref))
-    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0)
+    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0, off_policy=None, overlong=0)
 
     def check(rewards):
         assert rewards.tolist() == [[b] * 4 for b in range(3)]
@@ -1024,7 +1068,7 @@ def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, mon
         parameters = trained_parameters("speech", model)
         monkeypatch.setattr(sft, "step_all", lambda opts, scale: grads.extend(p.grad.flatten() for p in parameters))
         args = argparse.Namespace(G=G, beta=beta, micro=micro, dynamic_sampling=dynamic, updates=1, temperature=1.0, loss_norm=norm,
-                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1)
+                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: 0.0)
         part = frames, lengths, tokens, n, advantages, varied
         grpo.update(model, tiny_model() if beta else None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
