@@ -97,6 +97,75 @@ def sentence(rng, hard):
     return " ".join(rng.choice(group, rng.integers(least, most + 1)))
 
 
+# The commands in German, in COMMANDS' order: a slot takes its English words in their order, `a` with the article in the accusative,
+# `d` in the dative after "in"; SWITCH and UPDOWN are verb prefixes and go last.
+GERMAN = """schalte DEVICE:a ROOM:d SWITCH;schalte DEVICE:a für NAME SWITCH;stelle den wecker auf NUMBER:bare uhr
+    stelle den timer auf NUMBER UNIT:a;halte den timer in NUMBER UNIT:d an;starte einen timer für NUMBER UNIT:a
+    spiele THING:a für NAME;spiele das nächste lied für NAME;spiele lied NUMBER;dreh die lautstärke in NUMBER minuten:d UPDOWN
+    lautstärke NUMBER;ruf NAME an;ruf NAME DAY an;schreibe NAME und NAME;lies die nachricht für NAME vor
+    sende NAME DAY die nachricht;öffne OPENING:a für NAME;schließe OPENING:a ROOM:d;öffne OPENING:a und schließe OPENING:a
+    wie ist das wetter in NUMBER stunden:d;lies NAME die nachrichten vor;sieh dir COLOUR:a OBJECT an
+    lösche den wecker DAY um NUMBER:bare uhr;ist OPENING:n ROOM:d offen;COLOUR:n OBJECT und COLOUR:n OBJECT
+    stelle die lichter ROOM:d auf COLOUR"""
+GERMAN = [g.strip() for g in GERMAN.replace("\n", ";").split(";")]
+GERMAN_WORDS = dict(pair.split(":") for pair in """on:ein off:aus up:hoch down:herunter today:heute tomorrow:morgen zero:null
+    one:eins two:zwei three:drei four:vier five:fünf six:sechs seven:sieben eight:acht nine:neun ten:zehn thirteen:dreizehn
+    thirty:dreißig fourteen:vierzehn forty:vierzig fifteen:fünfzehn fifty:fünfzig red:rot green:grün blue:blau black:schwarz
+    white:weiß minutes:minute hours:stunde""".split())
+GERMAN_NOUNS = {w: (g, n) for w, g, n in (e.split(":") for e in """light:n:licht lights:p:lichter lamp:f:lampe fan:m:ventilator
+    heater:f:heizung radio:n:radio alarm:m:wecker kitchen:f:küche bedroom:n:schlafzimmer garage:f:garage office:n:büro
+    door:f:tür window:n:fenster gate:n:tor pin:f:nadel pen:m:stift bat:m:schläger cat:f:katze sheep:n:schaf ship:n:schiff
+    music:f:musik news:p:nachrichten song:n:lied message:f:nachricht""".split())}
+ARTICLES = {"a": dict(m="den", f="die", n="das", p="die"), "n": dict(m="der", f="die", n="das", p="die"),
+            "d": dict(m="im", f="in der", n="im", p="in den")}
+
+
+def german(text):
+    """The German translation of a command, a digit string or a string of names, as a synchronous grammar has it: with its own word
+    order, articles, cases and endings. Raises ValueError for what has no fluent translation: letters and words at random."""
+    words = text.split()
+    for english, other in zip(COMMANDS, GERMAN):
+        pattern = english.split()
+        if len(pattern) == len(words) and all(w in SLOTS[p] if p in SLOTS else w == p for p, w in zip(pattern, words)):
+            return german_command(other.split(), [(p, w) for p, w in zip(pattern, words) if p in SLOTS])
+    for group in ("digits", "names"):
+        if all(word in GROUPS[group] for word in words):
+            return " ".join(GERMAN_WORDS.get(word, word) for word in words)
+    raise ValueError(f"{text!r}: no translation; it is neither a command nor a string of digits or names")
+
+
+def german_command(pattern, slots):
+    """Fills a German command: slots are (slot, English word), each used once, the first of its name first."""
+    def take(name):
+        word = next(w for p, w in slots if p == name)
+        slots.remove((name, word))
+        return word
+
+    out, number = [], None
+    for token in pattern:
+        name, _, case = token.partition(":")
+        if name in ("minuten", "stunden", "UNIT"):     # eine minute, einer minute, neun minuten
+            noun = GERMAN_WORDS[take("UNIT")] if name == "UNIT" else name[:-1]
+            if number == "one":
+                out[-1] = "eine" if case == "a" else "einer"
+            out.append(noun if number == "one" else noun + "n")
+        elif name not in SLOTS:
+            out.append(name)
+        elif name == "COLOUR" and case:                # den roten stift; roter stift
+            colour, (gender, noun) = GERMAN_WORDS[take(name)], GERMAN_NOUNS[take("OBJECT")]
+            ending = ("en" if gender == "m" else "e") if case == "a" else dict(m="er", f="e", n="es")[gender]
+            out += [ARTICLES["a"][gender]] * (case == "a") + [colour + ending, noun]
+        elif name != "OBJECT":
+            word = take(name)
+            number = word if name == "NUMBER" else number
+            if word in GERMAN_NOUNS and case:
+                gender, noun = GERMAN_NOUNS[word]
+                out += [*ARTICLES[case][gender].split(), noun]
+            else:
+                out.append("ein" if (word, case) == ("one", "bare") else GERMAN_WORDS.get(word, word))
+    return " ".join(out)
+
+
 def split_of(text):
     """The split a sentence belongs to, by a hash that no seed changes: the splits can share no sentence."""
     bucket = zlib.crc32(text.encode()) % 100
