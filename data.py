@@ -122,7 +122,7 @@ ARTICLES = {"a": dict(m="den", f="die", n="das", p="die"), "n": dict(m="der", f=
 
 def german(text):
     """The German translation of a command, a digit string or a string of names, as a synchronous grammar has it: with its own word
-    order, articles, cases and endings. Raises ValueError for what has no fluent translation: letters and words at random."""
+    order, articles, cases and endings. None for what has no fluent translation: letters and words at random."""
     words = text.split()
     for english, other in zip(COMMANDS, GERMAN):
         pattern = english.split()
@@ -131,7 +131,7 @@ def german(text):
     for group in ("digits", "names"):
         if all(word in GROUPS[group] for word in words):
             return " ".join(GERMAN_WORDS.get(word, word) for word in words)
-    raise ValueError(f"{text!r}: no translation; it is neither a command nor a string of digits or names")
+    return None
 
 
 def german_command(pattern, slots):
@@ -166,6 +166,43 @@ def german_command(pattern, slots):
     return " ".join(out)
 
 
+TASKS = ("asr", "ast", "sqa")
+
+
+def pose(item, task, lang="de", where=None):
+    """What a task asks of an item: adds `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
+
+    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. An item without ends the program.
+    """
+    if task == "asr":
+        return {**item, "prompt": None, "target": item["text"]}
+    if task == "ast":
+        target = item.get("translation")
+        target = target.get(lang) if isinstance(target, dict) else target
+        prompt, missing = f"translate into {lang}", f'"translation" (into {lang})'
+    else:
+        prompt, target, missing = item.get("question"), item.get("answer"), '"question" and "answer"'
+    if not (prompt and target):
+        die(f"{where or item.get('id')}: --task {task} needs {missing} in every line; add it or drop the line")
+    return {**item, "prompt": prompt, "target": target}
+
+
+def questions(text):
+    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least."""
+    words = text.split()
+    kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
+    count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
+    pairs = [(f"what is the {place} of the {kind}", f"the {place} of the {kind} is {words[i]}") for place, i in (("first", 0), ("last", -1))]
+    pairs.append((f"how many {kind} are there", f"there are {count} {kind}"))
+    for slot, question, answer in (("NAME", "who is named", "the one who is named is {}"), ("ROOM", "which room is meant", "the room is the {}"),
+                                   ("NUMBER", "which number is said", "the number is {}"), ("DAY", "which day is meant", "it is meant for {}"),
+                                   ("OPENING", "what is opened or closed", "it is the {}"), ("COLOUR", "which colour is named", "the colour is {}")):
+        found = [word for word in words if word in SLOTS[slot]]
+        if kind == "words" and len(found) == 1:
+            pairs.append((question, answer.format(found[0])))
+    return pairs
+
+
 def split_of(text):
     """The split a sentence belongs to, by a hash that no seed changes: the splits can share no sentence."""
     bucket = zlib.crc32(text.encode()) % 100
@@ -175,9 +212,9 @@ def split_of(text):
         bucket -= percent
 
 
-def sentence_in(split, rng, hard):
-    """`sentence`, drawn again until it belongs to `split`."""
-    while split_of(text := sentence(rng, hard)) != split:
+def sentence_in(split, rng, hard, task="asr"):
+    """`sentence`, drawn again until it belongs to `split` and, for translation, until it has one."""
+    while split_of(text := sentence(rng, hard)) != split or task == "ast" and german(text) is None:
         pass
     return text
 
@@ -507,9 +544,16 @@ def speaker_voice(pool, index, condition):
     return voice(np.random.default_rng([1000 + list(VOICES).index(pool), index]), condition)
 
 
-def utterance(split, index, seed=0, condition=None):
-    """Item `index` of `split` ("train", "dev", "test"): a dict of id, audio float32 (n,), text, lang,
-    speaker, condition. The same arguments give the same item; indices never run out.
+def posed(text, task, which):
+    """A sentence of the corpus as an item of a task; `which`, any number, picks the question of SQA."""
+    pairs = questions(text)
+    question, answer = pairs[which % len(pairs)]
+    return pose({"text": text, "lang": "en", "translation": {"de": german(text)}, "question": question, "answer": answer}, task)
+
+
+def utterance(split, index, seed=0, condition=None, task="asr"):
+    """Item `index` of `split` ("train", "dev", "test"): a dict of id, audio float32 (n,), text, lang, speaker, condition,
+    translation, question, answer, prompt and target (see `pose`). The same arguments give the same item; indices never run out.
     condition: "clean", "hard", "ood", or None: hard with probability HARD_SHARE, else clean. ood speaks the
     test split's sentences in voices of its own, so only split test may ask for it (AssertionError)."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index,
@@ -521,7 +565,7 @@ def utterance(split, index, seed=0, condition=None):
     k = int(rng.integers(VOICES[pool]))
     talker = speaker_voice(pool, k, condition)
     while True:
-        text = sentence_in(split, rng, condition != "clean")
+        text = sentence_in(split, rng, condition != "clean", task)
         words = len(text.split())
         pauses = natural_pauses(words, rng)
         stretch, p = {"clean": ((0, 0), 0.0), "hard": (HARD_STRETCH, HARD_STRETCH_P),
@@ -533,7 +577,7 @@ def utterance(split, index, seed=0, condition=None):
         if len(audio) <= MAX_SECONDS * SAMPLE_RATE:
             break
     audio = degrade(audio, condition, rng, babble_tracks(seed) if condition == "ood" else None)
-    return dict(id=f"{split}-{condition}-{seed}-{index}", audio=audio, text=text, lang="en",
+    return dict(posed(text, task, index), id=f"{split}-{condition}-{seed}-{index}", audio=audio,
                 speaker=f"{pool}-{k:03d}", condition=condition)
 
 
@@ -546,15 +590,15 @@ GROUP = 4  # batches made together and sorted by length, so that little of a bat
 class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
 
-    def __init__(self, seed, test=300):
-        self.seed, self.sets = seed, {"dev": 600, "clean": test, "hard": test, "ood": test}
+    def __init__(self, seed, test=300, task="asr"):
+        self.seed, self.task, self.sets = seed, task, {"dev": 600, "clean": test, "hard": test, "ood": test}
         self.kept = {}
 
     def item(self, name, i):
         """Utterance i of a set, with its audio. Dev is half clean, half hard."""
         if name == "dev":
-            return utterance("dev", i, self.seed, ("hard", "clean")[i % 2])
-        return utterance("test", i, self.seed, name)
+            return utterance("dev", i, self.seed, ("hard", "clean")[i % 2], self.task)
+        return utterance("test", i, self.seed, name, self.task)
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one."""
@@ -564,29 +608,29 @@ class Embedded:
             condition = "hard" if stream == "grpo" else None
             if stream == "encoder" and group * GROUP * size < CLEAN_START:
                 condition = "clean"
-            items = [utterance("train", first + i, self.seed, condition) for i in range(GROUP * size)]
+            items = [utterance("train", first + i, self.seed, condition, self.task) for i in range(GROUP * size)]
             items.sort(key=lambda item: len(item["audio"]))
             order = np.random.default_rng([self.seed, group]).permutation(GROUP)
             self.kept = {(stream, group, size): [items[j * size:(j + 1) * size] for j in order]}
         return self.kept[stream, group, size][k % GROUP]
 
     def texts(self, stream, k, size):
-        """Batch k of sentences for the stages text and read."""
+        """Batch k of sentences for the stages text and read, as items without audio."""
         rng = np.random.default_rng([self.seed, STREAMS[stream], k])
-        return [sentence_in("train", rng, rng.random() < HARD_SHARE) for _ in range(size)]
+        return [posed(sentence_in("train", rng, rng.random() < HARD_SHARE, self.task), self.task, i) for i in range(size)]
 
     def spell(self, text):
         """What CTC spells: the phones of the lexicon. They are what is heard; English spelling is not."""
         return [phone for word in text.split() for phone in LEXICON[word]]
 
     def all_texts(self):
-        """Sentences enough to hold every word and phone."""
+        """Items enough to hold every word and phone."""
         return self.texts("text", 0, 4000)
 
     def dev_texts(self):
-        """The sentences of dev."""
+        """Items of dev, without audio."""
         rng = np.random.default_rng([self.seed, 9])
-        return [sentence_in("dev", rng, i % 2 == 0) for i in range(self.sets["dev"])]
+        return [posed(sentence_in("dev", rng, i % 2 == 0, self.task), self.task, i) for i in range(self.sets["dev"])]
 
 
 # ------------------------------------------------------------------------------------------ recorded audio
@@ -759,8 +803,9 @@ def read_data(path):
 class Recorded:
     """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views, tests as it is."""
 
-    def __init__(self, path, seed):
-        self.seed, self.data = seed, read_data(path)
+    def __init__(self, path, seed, task="asr", lang="de"):
+        self.seed, self.task = seed, task
+        self.data = {name: [pose(item, task, lang) for item in items] for name, items in read_data(path).items()}
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
         train = self.data.setdefault("train", [])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
@@ -792,17 +837,17 @@ class Recorded:
         return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
 
     def texts(self, stream, k, size):
-        """Batch k of training transcripts for the stages text and read."""
+        """Batch k of training items for the stages text and read."""
         rng = np.random.default_rng([self.seed, STREAMS[stream], k])
-        return [self.data["train"][i]["text"] for i in rng.integers(len(self.data["train"]), size=size)]
+        return [self.data["train"][i] for i in rng.integers(len(self.data["train"]), size=size)]
 
     def all_texts(self):
-        """Every training transcript."""
-        return [item["text"] for item in self.data["train"]]
+        """Every training item."""
+        return self.data["train"]
 
     def dev_texts(self):
-        """The transcripts of dev."""
-        return [item["text"] for item in self.data["dev"]]
+        """The items of dev."""
+        return self.data["dev"]
 
     def spell(self, text):
         """What CTC spells: phones if the lexicon has every training word, else characters and word ends."""
@@ -825,9 +870,9 @@ def noisy_view(audio, rng, hard=False):
     return degrade(audio, "clean", rng)
 
 
-def open_corpus(path, seed, test_size=300):
-    """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances."""
-    return Recorded(path, seed) if path else Embedded(seed, test_size)
+def open_corpus(path, seed, test_size=300, task="asr", lang="de"):
+    """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances, as a task poses it."""
+    return Recorded(path, seed, task, lang) if path else Embedded(seed, test_size, task)
 
 
 # ----------------------------------------------------------------------------------------------------- CLI

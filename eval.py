@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from encoder import log_mel
 from model import SpeechLM, beam_search, generate
-from rewards import edit_counts, normalize
+from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -130,7 +130,7 @@ def hear_set(model, corpus, name, workers=1, n=None):
 # ---------------------------------------------------------------------------------------------- decoding a set
 @torch.no_grad()
 def transcribe(model, heard, beam=1, max_new=64, batch=64):
-    """Items with `frames` (T, D) -> hypotheses in the items' order. Greedy, or the best of `beam`.
+    """Items with `frames` (T, D) and perhaps a `prompt` -> hypotheses in the items' order. Greedy, or the best of `beam`.
 
     Batches by length, so that little of a batch is padding.
     """
@@ -143,7 +143,7 @@ def transcribe(model, heard, beam=1, max_new=64, batch=64):
         lengths = torch.tensor([len(heard[i]["frames"]) for i in rows])
         frames = torch.nn.utils.rnn.pad_sequence([heard[i]["frames"] for i in rows], batch_first=True)
         with autocast(device):
-            prompt = model.prefill(*model.embed_prompt(frames.to(device), lengths.to(device)))
+            prompt = model.prefill(*model.embed_prompt(frames.to(device), lengths.to(device), [heard[i].get("prompt") for i in rows]))
             if beam > 1:
                 tokens, n, _ = beam_search(model, prompt, beam, max_new)
                 tokens, n = tokens[::beam], n[::beam]
@@ -167,6 +167,11 @@ def count_errors(refs, hyps):
 def wer(counts):
     """Corpus WER in percent of count_errors' rows."""
     return 100.0 * counts[:, :3].sum() / max(1, counts[:, 3].sum())
+
+
+def shortfall(task, refs, hyps):
+    """What a task's dev set is judged by, lower is better: the WER, or for translations and answers 100 - BLEU."""
+    return wer(count_errors(refs, hyps)) if task == "asr" else 100 - corpus_bleu(list(map(normalize, refs)), hyps)
 
 
 def summary(counts):
@@ -205,6 +210,54 @@ def table_row(name, counts):
 HEADER = f"{'':<26} {'WER':>6} {'Ins':>6} {'Del':>6} {'Sub':>6}   95% interval of the WER"
 
 
+TEXT_METRICS = {"r-1": "rouge1", "r-2": "rouge2", "r-l": "rougeL", "meteor": "meteor"}
+
+
+def text_summary(refs, hyps):
+    """Translations and answers, in percent, all on normalised text: BLEU of the corpus; means of ROUGE and METEOR."""
+    refs = list(map(normalize, refs))
+    means = {k: 100 * float(np.mean([REWARDS[name](ref, hyp) for ref, hyp in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
+    return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
+
+
+def compare_bleu(refs, a, b):
+    """From hypotheses a to b: relative change of the corpus's BLEU in percent and its paired bootstrap interval."""
+    counts = np.array([[bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)] for hyps in (a, b)])     # (2, n, 10)
+
+    def change(weights):
+        before, after = ([bleu_of(row, False) for row in (weights @ c).tolist()] for c in counts)
+        return np.array([100.0 * (y - x) / max(x, 1e-9) for x, y in zip(before, after)])
+
+    n = len(refs)
+    return float(change(np.ones((1, n), int))[0]), bootstrap(change, n)
+
+
+def print_table(name, task, refs, hyps, bases=()):
+    """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`.
+
+    Returns its figures as result.json holds them.
+    """
+    print(f"\n{name}: {len(refs)} utterances\n{HEADER if task == 'asr' else TEXT_HEADER}")
+    entry, last = {}, list(hyps)[-1]
+    for model, rows in hyps.items():
+        if task == "asr":
+            counts = count_errors(refs, rows)
+            entry[model] = {**summary(counts), "interval": wer_interval(counts)}
+            print(table_row(model, counts))
+        else:
+            entry[model] = text_summary(refs, rows)
+            print(f"{model:<26} " + " ".join(f"{entry[model][k]:6.2f}" for k in ("bleu", *TEXT_METRICS)))
+    for base in bases:
+        a, b = hyps[base], hyps[last]
+        change, (low, high) = compare(count_errors(refs, a), count_errors(refs, b)) if task == "asr" else compare_bleu(refs, a, b)
+        print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}] of the {'WER' if task == 'asr' else 'BLEU'}")
+        entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
+    return entry
+
+
+TEXT_HEADER = f"{'':<26} {'BLEU':>6} {'R-1':>6} {'R-2':>6} {'R-L':>6} {'METEOR':>6}"
+
+
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -236,30 +289,24 @@ def main():
             print(f"{path}\t{transcribe(model, [{'frames': frames[0].float().cpu()}], args.beam, args.max_new)[0]}")
         return
 
-    corpus = data.open_corpus(args.data, args.seed, args.test_size)
+    task = of_run.get("task", "asr")
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, of_run.get("lang", "de"))
     names = args.sets.split(",") if args.sets else [n for n in corpus.sets if n != "dev"]
     for name in names:
         if name not in corpus.sets:
             data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
-    models = {args.ckpt: model}
-    if args.against:
-        models[args.against] = load_model(args.against, pick_device(args.device))
+    models = {args.against: load_model(args.against, pick_device(args.device))} if args.against else {}
+    models = {"/".join(os.path.normpath(path).split(os.sep)[-2:]): m for path, m in {**models, args.ckpt: model}.items()}
     for name in names:
-        counts, hyps = {}, {}
-        for ckpt, m in models.items():
-            heard = hear_set(m, corpus, name)
-            refs = [item["text"] for item in heard]
-            hyps[ckpt] = transcribe(m, heard, args.beam, args.max_new)
-            counts[ckpt] = count_errors(refs, hyps[ckpt])
-        print(f"\n{name}: {len(refs)} utterances\n{HEADER}")
-        for ckpt, c in counts.items():
-            print(table_row("/".join(os.path.normpath(ckpt).split(os.sep)[-2:]), c))
-            langs = sorted({item["lang"] for item in heard})
-            for lang in langs if len(langs) > 1 else []:
-                print(table_row(f"  {lang}", c[[item["lang"] == lang for item in heard]]))
-        if args.against:
-            change, (low, high) = compare(counts[args.against], counts[args.ckpt])
-            print(f"from {args.against} to {args.ckpt}: {change:+.1f}% [{low:+.1f}, {high:+.1f}], relative, paired bootstrap")
+        heard = {ckpt: hear_set(m, corpus, name) for ckpt, m in models.items()}
+        items = heard[list(models)[-1]]
+        refs = [item["target"] for item in items]
+        hyps = {ckpt: transcribe(m, heard[ckpt], args.beam, args.max_new) for ckpt, m in models.items()}
+        print_table(name, task, refs, hyps, list(hyps)[:-1])
+        langs = sorted({item["lang"] for item in items})
+        for lang in langs if len(langs) > 1 else []:
+            rows = [i for i, item in enumerate(items) if item["lang"] == lang]
+            print_table(f"{name}, {lang}", task, [refs[i] for i in rows], {ckpt: [h[i] for i in rows] for ckpt, h in hyps.items()})
         for i in range(min(args.show, len(refs))):
             print(f"  ref  {refs[i]}", *(f"\n  hyp  {h[i]}" for h in hyps.values()))
 

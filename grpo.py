@@ -45,10 +45,9 @@ from tqdm import tqdm
 import data
 import sft
 from encoder import length_mask
-from eval import (HEADER, autocast, compare, count_errors, hear_set, load_model, pick_device, summary, table_row, transcribe,
-                  wer, wer_interval)
+from eval import autocast, hear_set, load_model, pick_device, print_table, shortfall, transcribe
 from model import EOS, PAD, beam_search, generate
-from rewards import REWARDS, parse_reward
+from rewards import REWARDS, normalize, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; its runs without the KL are no worse, and save the reference's forward pass.
 ALGOS = {
@@ -125,13 +124,14 @@ def with_references(tokens, n, targets, lengths, G, how):
 
 
 @torch.no_grad()
-def rollout(model, frames, lengths, texts, reward, args):
+def rollout(model, frames, lengths, items, reward, args):
     """Encoder frames (B, T', D) -> N transcripts as tokens, lengths, log-probabilities (of samples), rewards (B, G), strings.
 
     The prompt runs once for the group.
     """
     model.eval()
-    prompt = model.prefill(*model.embed_prompt(frames, lengths))
+    texts = [item["target"] for item in items]
+    prompt = model.prefill(*model.embed_prompt(frames, lengths, [item["prompt"] for item in items]))
     G = args.G - (args.off_policy == "reference")
     if args.rollout == "beam":
         tokens, n, _ = beam_search(model, prompt, G, args.max_new)
@@ -142,7 +142,7 @@ def rollout(model, frames, lengths, texts, reward, args):
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
         logps = None
     hyps = model.decode(tokens, n)
-    refs, reward = [text for text in texts for _ in range(args.G)], parse_reward(reward)
+    refs, reward = [normalize(text) for text in texts for _ in range(args.G)], parse_reward(reward)
     scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
         scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
@@ -150,7 +150,7 @@ def rollout(model, frames, lengths, texts, reward, args):
 
 
 def gather_rollouts(model, supply, args, device, log):
-    """One optimiser step's groups: a list of (frames, lengths, tokens, n, advantages, varied) per batch that was drawn.
+    """One optimiser step's groups: a list of (frames, lengths, instructions, tokens, n, advantages, varied) per batch that was drawn.
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
@@ -158,16 +158,16 @@ def gather_rollouts(model, supply, args, device, log):
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
-            tokens, n, _, rewards, _ = rollout(model, frames, lengths, [item["text"] for item in items], args.reward, args)
+            tokens, n, _, rewards, _ = rollout(model, frames, lengths, items, args.reward, args)
         advantages, varied = group_advantages(rewards, args.std)
-        parts.append((frames, lengths, tokens, n, advantages, varied))
+        parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         rewards_.append(rewards)
         cut.append(tokens.gather(1, n[:, None] - 1) != EOS)  # no room left for its <EOS>
         kept_total += int(varied.sum())
         if kept_total >= args.prompts:
             break
     rewards = torch.cat(rewards_)
-    n = torch.cat([p[3] for p in parts])
+    n = torch.cat([p[4] for p in parts])
     log.update(reward=float(rewards.mean()), zero_variance=1 - kept_total / len(rewards), draws=len(parts),
                length=float(n.float().mean()), truncated=float(torch.cat(cut).float().mean()))
     return parts
@@ -229,7 +229,7 @@ def main():
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "off_policy", "shaping", "overlong", "max_new", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+                "off_policy", "shaping", "overlong", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
 
@@ -254,7 +254,7 @@ def train(args, corpus):
     drawn = state["drawn"] if state else 0  # batches; with dynamic sampling it is not the number of steps
     log = sft.Log(folder, first)
     dev = sft.dev_set("speech", model, corpus, args)
-    dev_refs = [item["text"] for item in dev]
+    dev_refs = [item["target"] for item in dev]
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
     most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
     control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
@@ -270,7 +270,7 @@ def train(args, corpus):
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
-            row["dev"] = wer(count_errors(dev_refs, transcribe(model, dev, max_new=args.max_new)))
+            row["dev"] = shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
             if row["dev"] <= best:
                 best = row["dev"]
                 sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
@@ -288,7 +288,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
     # A group without variance has no gradient but the KL's; without a KL it needs no backward pass. It still counts in
     # the denominators, unless dynamic sampling has thrown it out: skipping what is zero changes no gradient.
     pieces, n_sequences, n_tokens = [], 0, 0
-    for frames, lengths, tokens, n, advantages, varied in parts:
+    for frames, lengths, asked, tokens, n, advantages, varied in parts:
         counted = varied if args.dynamic_sampling else torch.ones_like(varied)
         n_sequences += int(counted.sum()) * args.G
         n_tokens += int((n.view(-1, args.G).sum(1) * counted).sum())
@@ -296,21 +296,21 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
             off = each % args.G == args.G - 1 if args.off_policy == "reference" else None
-            pieces.append([frames[rows], lengths[rows], tokens[each], n[each], advantages[rows].flatten(), off, None])
+            pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each], advantages[rows].flatten(), off, None])
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0
         for piece in pieces:
-            frames, lengths, tokens, n, advantages, off, old = piece
+            frames, lengths, asked, tokens, n, advantages, off, old = piece
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
             with autocast(device):
-                prompt = model.prefill(*model.embed_prompt(frames, lengths))
+                prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
                 logp, entropy = model.token_logps(tokens, prompt, args.temperature)
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
-                        prompt = reference.prefill(*reference.embed_prompt(frames, lengths))
+                        prompt = reference.prefill(*reference.embed_prompt(frames, lengths, asked))
                         ref, _ = reference.token_logps(tokens, prompt, args.temperature)
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
@@ -345,18 +345,9 @@ def report(args, corpus, folder):
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in [name for name in corpus.sets if name != "dev"]:
         heard = hear_set(models["SFT"], corpus, test, args.workers)
-        refs = [item["text"] for item in heard]
+        refs = [item["target"] for item in heard]
         hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
-        counts = {name: count_errors(refs, h) for name, h in hyps.items()}
-        print(f"\n{test}: {len(refs)} utterances\n{HEADER}")
-        for name, c in counts.items():
-            print(table_row(name, c))
-        entry = {name: {**summary(c), "interval": wer_interval(c)} for name, c in counts.items()}
-        for base in ("SFT", "SFT continued"):
-            change, (low, high) = compare(counts[base], counts[last])
-            print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}]")
-            entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
-        result["sets"][test] = entry
+        result["sets"][test] = print_table(test, args.task, refs, hyps, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: hyps["SFT"][i] == hyps[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")
     with open(os.path.join(folder, "result.json.tmp"), "w") as f:

@@ -232,13 +232,18 @@ class SpeechLM(nn.Module):
         self.encoder.eval()
         return self.encoder(mel, lengths)
 
-    def embed_prompt(self, frames, lengths, instruction=INSTRUCTION):
-        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the left, and (B,) lengths."""
-        before = [USER, BOS, *self.tokenizer.encode(instruction), S_BOS]
-        before, after = (self.llm.embed(torch.tensor(ids, device=frames.device)) for ids in (before, [SYSTEM]))
+    def embed_prompt(self, frames, lengths, instructions=None):
+        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the left, and (B,) lengths.
+
+        instructions: B strings, where one that is None, or no list at all, stands for the paper's of speech recognition.
+        """
+        texts = [text or INSTRUCTION for text in instructions or [None] * len(frames)]
+        before = [[USER, BOS, *self.tokenizer.encode(text), S_BOS] for text in texts]
+        embedded = self.llm.embed(torch.tensor([i for ids in before for i in ids] + [SYSTEM], device=frames.device))
+        *before, after = embedded.split([*map(len, before), 1])
         heard = self.projection(frames)                                        # (B, T, D)
-        rows = [torch.cat([before, row[:n], after]) for row, n in zip(heard, lengths.tolist())]
-        return left_pad(rows), lengths + len(before) + 1
+        rows = [torch.cat([b, row[:n], after]) for b, row, n in zip(before, heard, lengths.tolist())]
+        return left_pad(rows), lengths + torch.tensor([len(b) + 1 for b in before], device=lengths.device)
 
     def prefill(self, x, length):
         """Runs B left-padded prompts x (B, P, D) of `length` (B,) through the decoder once -> Prompt."""

@@ -171,8 +171,8 @@ def _tokenize_13a(text):
     return text.split()
 
 
-def _bleu_counts(ref, hyp):
-    # [reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]
+def bleu_counts(ref, hyp):
+    """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]: they add up over a corpus."""
     ref, hyp = _tokenize_13a(ref), _tokenize_13a(hyp)
     counts = [len(ref), len(hyp)]
     for n in range(1, MAX_ORDER + 1):
@@ -182,7 +182,8 @@ def _bleu_counts(ref, hyp):
     return counts
 
 
-def _bleu(counts, effective_order):
+def bleu_of(counts, effective_order):
+    """BLEU in [0, 1] of such counts."""
     ref_length, hyp_length, matched, totals = counts[0], counts[1], counts[2::2], counts[3::2]
     if not any(matched):
         return 0.0
@@ -208,7 +209,7 @@ def sentence_bleu(ref, hyp):
     (Chen and Cherry 2014, method 3), and effective order: orders longer than the hypothesis are left out of
     the mean, so that short sentences score too.
     """
-    return _bleu(_bleu_counts(ref, hyp), effective_order=True)
+    return bleu_of(bleu_counts(ref, hyp), effective_order=True)
 
 
 def corpus_bleu(refs, hyps):
@@ -220,8 +221,8 @@ def corpus_bleu(refs, hyps):
     refs, hyps = _as_lists(refs, hyps)
     if not refs:
         raise ValueError("corpus BLEU of no sentences is undefined")
-    counts = [sum(column) for column in zip(*map(_bleu_counts, refs, hyps))]
-    return 100 * _bleu(counts, effective_order=False)
+    counts = [sum(column) for column in zip(*map(bleu_counts, refs, hyps))]
+    return 100 * bleu_of(counts, effective_order=False)
 
 
 # ------------------------------------------------------------------------------------------- ROUGE and METEOR

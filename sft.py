@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import Chunks, autocast, collate, count_errors, hear_set, load_model, loader, pick_device, transcribe, wer
+from eval import Chunks, autocast, collate, hear_set, load_model, loader, pick_device, shortfall, transcribe
 from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_tokenizer
 from rewards import normalize, word_error_rate
 
@@ -49,6 +49,8 @@ SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption 
 def add_arguments(p):
     """The flags that sft.py and grpo.py share."""
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
+    p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
+    p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -83,7 +85,7 @@ def finish_arguments(args):
     args.data = os.path.abspath(args.data) if args.data else None
     folder, kind = os.path.split(args.data or "embedded")
     kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
-    args.name = args.name or f"{kind}-{args.seed}"
+    args.name = args.name or "-".join([kind, *([args.task] if args.task != "asr" else []), str(args.seed)])
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     args.control_batches = 240 if args.control_batches is None else args.control_batches
     for key, value in vars(args).items():
@@ -94,13 +96,13 @@ def finish_arguments(args):
     if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     use_cores(args.workers)
-    corpus = data.open_corpus(args.data, args.seed, args.test_size)
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang)
     for kept in (MADE, HEARD, AHEAD):
         kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     if args.max_new is None:
-        args.max_new = 2 * max(len(ids) + 1 for ids in load_tokenizer(tokenizer_of(corpus, args)).encode(training_texts(corpus)))
+        args.max_new = 2 * max(len(ids) + 1 for ids in load_tokenizer(tokenizer_of(corpus, args)).encode(training_targets(corpus)))
     return corpus
 
 
@@ -322,15 +324,15 @@ def replay(at_hand, different, steps):
     return order
 
 
-def training_texts(corpus):
-    """The training transcripts as the model is to write them."""
-    return [normalize(text) for text in corpus.all_texts()]
+def training_targets(corpus):
+    """The training targets as the model is to write them."""
+    return [normalize(item["target"]) for item in corpus.all_texts()]
 
 
 def tokenizer_of(corpus, args):
     """The tokenizer of the training transcripts, as bytes."""
     try:
-        return train_tokenizer(training_texts(corpus), args.vocab)
+        return train_tokenizer(training_targets(corpus) + [item["prompt"] for item in corpus.all_texts() if item["prompt"]], args.vocab)
     except RuntimeError as e:
         data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
 
@@ -338,7 +340,7 @@ def tokenizer_of(corpus, args):
 def new_model(corpus, args):
     """Random weights and a tokenizer of the training texts."""
     tokenizer = tokenizer_of(corpus, args)
-    units = tuple(sorted({unit for text in training_texts(corpus) for unit in corpus.spell(text)}))
+    units = tuple(sorted({unit for item in corpus.all_texts() for unit in corpus.spell(normalize(item["text"]))}))
     return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size()), tokenizer)
 
 
@@ -407,10 +409,10 @@ def spelled(model, texts, corpus, slip=0.05):
 def stage_loss(stage, model, batch, corpus, device):
     """Summed negative log-likelihood of a batch in nats, and the number of tokens or units that it is over.
 
-    batch: for text and read a list of strings, for encoder (mel, lengths, items), for speech and control what `listen` makes of it.
+    batch: for text and read a list of items, for encoder (mel, lengths, items), for speech and control what `listen` makes of it.
     """
     if stage == "text":
-        targets, n = targets_of(model, batch, device)
+        targets, n = targets_of(model, [item["target"] for item in batch], device)
         logp, _ = model.token_logps(targets)                                   # Eq. 1: log p(x_t | x_<t)
     elif stage == "encoder":
         mel, lengths, items = batch
@@ -420,19 +422,18 @@ def stage_loss(stage, model, batch, corpus, device):
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:
         if stage == "read":
-            texts, (frames, lengths) = batch, spelled(model, batch, corpus)
+            items, (frames, lengths) = batch, spelled(model, [item["text"] for item in batch], corpus)
         else:
             frames, lengths, items = batch
-            texts = [item["text"] for item in items]
-        targets, n = targets_of(model, texts, device)
-        prompt = model.prefill(*model.embed_prompt(frames, lengths))
+        targets, n = targets_of(model, [item["target"] for item in items], device)
+        prompt = model.prefill(*model.embed_prompt(frames, lengths, [item["prompt"] for item in items]))
         logp, _ = model.token_logps(targets, prompt)                           # Eq. 2: log p(x_t | s, x_<t)
     return -(logp * length_mask(n, targets.shape[1])).sum(), n.sum()
 
 
 @torch.no_grad()
 def dev_score(stage, model, dev, corpus, device, max_new):
-    """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, % of words wrong (greedy)."""
+    """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, WER or 100 - BLEU (greedy)."""
     model.eval()
     if stage in ("text", "read"):
         with torch.random.fork_rng():  # the same slips of spelling every time, and none of training's numbers used up
@@ -442,7 +443,7 @@ def dev_score(stage, model, dev, corpus, device, max_new):
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
         return word_error_rate([" ".join(corpus.spell(normalize(item["text"]))) for _, _, items in dev for item in items], hyps)
-    return wer(count_errors([item["text"] for item in dev], transcribe(model, dev, max_new=max_new)))
+    return shortfall(corpus.task, [item["target"] for item in dev], transcribe(model, dev, max_new=max_new))
 
 
 def dev_set(stage, model, corpus, args):
@@ -470,7 +471,7 @@ def stage_plan(stage, args):
 def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
-    return {"stage": stage, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
+    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
             "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
                if stage == "encoder" else {}),

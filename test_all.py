@@ -442,6 +442,11 @@ def test_spec_augment_masks_bands_and_spans():
 TEXTS = ["one two three", "turn the light on", "call anna and dan", "six seven eight", "nine zero oh"]
 
 
+def as_items(texts):
+    """Transcripts as items of the task asr."""
+    return [data.pose({"text": text}, "asr") for text in texts]
+
+
 def tiny_model(vocab=40, tie=True, seed=0):
     """A speech LM whose random weights are large enough for its distributions to be far from flat."""
     tokenizer = train_tokenizer(TEXTS * 20, vocab)
@@ -504,7 +509,7 @@ def test_first_eos_is_inside_the_loss():
     check(length_mask(n, targets.shape[1]))
     with pytest.raises(AssertionError):
         check(targets.masked_fill(targets == PAD, EOS) != EOS)
-    targets.fill_(0), stage_loss("text", model, TEXTS, None, "cpu")[0].backward()
+    targets.fill_(0), stage_loss("text", model, as_items(TEXTS), None, "cpu")[0].backward()
     logits_grad = model.llm.embed.weight.grad[EOS]
     assert logits_grad.abs().max() > 1e-4
 
@@ -712,11 +717,11 @@ def test_accumulated_gradient_is_over_the_whole_step():
         loss.backward()
         return model.llm.embed.weight.grad.clone()
 
-    total, n = stage_loss("text", model, short + long, None, "cpu")
+    total, n = stage_loss("text", model, as_items(short + long), None, "cpu")
     whole = gradient(total / n)
-    (a, na), (b, nb) = (stage_loss("text", model, texts, None, "cpu") for texts in (short, long))
+    (a, na), (b, nb) = (stage_loss("text", model, as_items(texts), None, "cpu") for texts in (short, long))
     summed = gradient((a + b) / (na + nb))
-    (a, na), (b, nb) = (stage_loss("text", model, texts, None, "cpu") for texts in (short, long))
+    (a, na), (b, nb) = (stage_loss("text", model, as_items(texts), None, "cpu") for texts in (short, long))
     naive = gradient((a / na + b / nb) / 2)
     assert (summed - whole).norm() < 1e-4 * whole.norm()
     assert (naive - whole).norm() > 1e-2 * whole.norm()
@@ -725,7 +730,7 @@ def test_accumulated_gradient_is_over_the_whole_step():
 def test_speech_stage_trains_projection_and_llm_and_leaves_the_encoder():
     model = tiny_model()
     mel, n = log_mel(*noise_batch([8000, 6000]))
-    batch = listen(model, (mel, n, [{"text": "one two"}, {"text": "oh"}]), "cpu", True)
+    batch = listen(model, (mel, n, as_items(["one two", "oh"])), "cpu", True)
     loss, _ = stage_loss("speech", model, batch, None, "cpu")
     loss.backward()
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -805,7 +810,7 @@ def test_workers_pass_on_bad_input_and_hold_no_files_open(capfd):
 
 def test_read_stage_spells_in_mean_frames_and_trains_the_projection():
     corpus = data.open_corpus(None, 0, 3)
-    units = tuple(sorted({u for text in corpus.all_texts() for u in corpus.spell(text)}))
+    units = tuple(sorted({u for item in corpus.all_texts() for u in corpus.spell(item["text"])}))
     model = SpeechLM(EncoderConfig(units=units, d=16, n_layers=1, n_heads=2, ffn=16, channels=2),
                      LlamaConfig(vocab=60, d=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn=16), tiny_model().tokenizer_bytes)
     sft.measure_units(model, corpus, 128, "cpu")
