@@ -32,6 +32,7 @@ import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
 from eval import collate, compare, transcribe, wer_interval
+from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
 from grpo import ALGOS, group_advantages, policy_loss, rollout, token_weight
@@ -823,7 +824,7 @@ def test_read_stage_spells_in_mean_frames_and_trains_the_projection():
     got, n = sft.spelled(model, ["stop the timer", "on"], corpus, slip=0)
     said = [int(x) for x in got[0, :n[0], 0] if x]
     assert [units[i - 1] for i in said] == corpus.spell("stop the timer") and n[0] > n[1]
-    loss, _ = stage_loss("read", model, ["turn on the light"], corpus, "cpu")
+    loss, _ = stage_loss("read", model, as_items(["turn on the light"]), corpus, "cpu")
     loss.backward()
     assert model.projection.weight.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
 
@@ -963,11 +964,11 @@ def test_references_join_their_groups():
     assert torch.equal(again, rows)
     args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0)
     frames = some_frames(2)
-    tokens, n, _, scores, hyps = rollout(model, *frames, texts, "em", args)
+    tokens, n, _, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     assert hyps[2::3] == texts and scores[:, 2].tolist() == [1, 1] and scores.shape == (2, 3)
     args.overlong = 4  # of the 5 tokens of room, the last four are punished, step by step
     torch.manual_seed(0)
-    _, n, _, scores, hyps = rollout(model, *frames, texts, "em", args)
+    _, n, _, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     plain = torch.tensor([float(hyp == ref) for hyp, ref in zip(hyps, [t for t in texts for _ in range(3)])])
     assert torch.allclose(scores.flatten() - plain, -((n - 1).clamp(0, 4) / 4))
 
@@ -1051,7 +1052,7 @@ def test_rewards_go_to_their_own_group(monkeypatch):
     def check(rewards):
         assert rewards.tolist() == [[b] * 4 for b in range(3)]
 
-    rewards = rollout(model, *some_frames(), ["0", "1", "2"], "seen", args)[3]
+    rewards = rollout(model, *some_frames(), as_items(["0", "1", "2"]), "seen", args)[3]
     check(rewards)
     with pytest.raises(AssertionError):
         check(rewards.flatten().view(4, 3).T)  # what tiling the references with `repeat` would have made
@@ -1075,7 +1076,7 @@ def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, mon
         args = argparse.Namespace(G=G, beta=beta, micro=micro, dynamic_sampling=dynamic, updates=1, temperature=1.0, loss_norm=norm,
                                   max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: 0.0)
-        part = frames, lengths, tokens, n, advantages, varied
+        part = frames, lengths, [None] * 3, tokens, n, advantages, varied
         grpo.update(model, tiny_model() if beta else None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
         return torch.cat(grads)
 
@@ -1313,7 +1314,7 @@ def test_main_job_in_miniature(tmp_path):
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
 
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for bad, argv in (("'fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
+    for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
@@ -1321,6 +1322,73 @@ def test_main_job_in_miniature(tmp_path):
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
         out = command(tmp_path, *argv, code=2)
         assert bad in out and out.count("\n") == 1, out
+
+
+@pytest.mark.parametrize("task", ["ast", "sqa"])
+def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, task):
+    out = command(tmp_path, "grpo.py", "--task", task, "--reward", "bleu+0.1*rougeL", "--off-policy", "reference", *SMALL)
+    assert "BLEU" in out and "METEOR" in out and "from SFT to grpo" in out
+    run = tmp_path / "runs" / f"embedded-{task}-0" / "grpo-bleu+0.1xrougeL"
+    result = json.load(open(run / "result.json"))
+    assert {"bleu", "r-1", "r-2", "r-l", "meteor"} <= result["sets"]["hard"]["SFT"].keys()
+    out = command(tmp_path, "eval.py", "--ckpt", str(run), "--sets", "clean", "--test-size", "3")
+    assert "BLEU" in out
+
+
+def test_german_translations_and_answers():
+    """Word order, cases and endings by hand; every command translates, what is at random does not; answers hold their fact."""
+    for english, german in (("turn off the lamp in the kitchen", "schalte die lampe in der küche aus"),
+                            ("turn on the alarm for will", "schalte den wecker für will ein"),
+                            ("set timer for one minutes", "stelle den timer auf eine minute"),
+                            ("stop the timer in one hours", "halte den timer in einer stunde an"),
+                            ("set alarm for one", "stelle den wecker auf ein uhr"), ("play song one", "spiele lied eins"),
+                            ("send ann the message today", "sende ann heute die nachricht"),
+                            ("look at the red pen", "sieh dir den roten stift an"), ("blue ship and green cat", "blaues schiff und grüne katze"),
+                            ("close the garage in the bedroom", "schließe die garage im schlafzimmer"), ("one ten", None),
+                            ("seven zero", "sieben null"), ("tom ann", "tom ann"), ("a b", None), ("lamp on the", None)):
+        assert data.german(english) == german
+    rng = np.random.default_rng(0)
+    for template, german in zip(data.COMMANDS, data.GERMAN, strict=True):
+        text = " ".join(str(rng.choice(data.SLOTS[w])) if w in data.SLOTS else w for w in template.split())
+        assert not set(data.german(text).split()) & {*data.SLOTS, "the", "in the"}, text
+    assert ("which room is meant", "the room is the kitchen") in data.questions("turn off the lamp in the kitchen")
+    assert ("how many digits are there", "there are three digits") in data.questions("one two nine")
+    for i in range(20):
+        item = data.utterance("train", i, task="ast")
+        assert item["target"] == data.german(item["text"]) and data.split_of(item["text"]) == "train"
+        item = data.utterance("train", i, task="sqa")
+        assert (item["prompt"], item["target"]) in data.questions(item["text"])
+
+
+def test_prompts_of_their_own_change_only_their_rows():
+    """Instructions of several lengths in one batch: each row as alone; and another instruction gives another prompt."""
+    model = tiny_model()
+    frames, lengths = some_frames(3)
+    asked = ["who is named", None, "what is the first of the digits"]
+
+    def last(frames, lengths, asked):
+        x, n = model.embed_prompt(frames, lengths, asked)
+        tokens = torch.full((len(frames), 1), 9)
+        return n, model.token_logps(tokens, model.prefill(x, n))[0]
+
+    n, together = last(frames, lengths, asked)
+    for i in range(3):
+        alone = last(frames[i:i + 1, :lengths[i]], lengths[i:i + 1], asked[i:i + 1])
+        assert alone[0] == n[i] and torch.allclose(alone[1][0], together[i], atol=1e-5)
+    plain = last(frames, lengths, None)[1]
+    assert torch.allclose(plain[1], together[1], atol=1e-5) and not torch.allclose(plain[0], together[0], atol=1e-5)
+
+
+def test_bleu_intervals_against_a_loop():
+    """compare_bleu: the change of the corpus's BLEU, and an interval that holds it and is 0 for the same hypotheses."""
+    rng = random.Random(0)
+    refs = [" ".join(rng.choices("a b c d".split(), k=6)) for _ in range(40)]
+    worse = [" ".join(rng.choice("abcd") if rng.random() < 0.4 else word for word in ref.split()) for ref in refs]
+    better = [ref if rng.random() < 0.5 else hyp for ref, hyp in zip(refs, worse)]
+    change, (low, high) = eval_compare_bleu(refs, worse, better)
+    a, b = rewards.corpus_bleu(refs, worse), rewards.corpus_bleu(refs, better)
+    assert change == pytest.approx(100 * (b - a) / a) and 0 < low < change < high
+    assert eval_compare_bleu(refs, worse, worse) == (0.0, [0.0, 0.0])
 
 
 def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
