@@ -3,7 +3,8 @@
 The made-up corpus is English text from a small grammar, spoken by a formant synthesiser in many voices, under
 three conditions: `clean`, `hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on:
 echo, babble, long stretches without speech, voices out of the training range). It needs no download and no
-disk: `utterance(split, index)` makes item `index` whenever asked, the same one every time.
+disk: `utterance(split, index)` makes item `index` whenever asked, the same one every time. Each sentence has
+questions with answers, and each command and each string of digits or names a German translation.
 
     python data.py --listen DIR           write some utterances of each condition as wav, print a table
     python data.py --check PATH           print what a recorded corpus (manifest or LibriSpeech tree) holds

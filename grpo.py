@@ -3,6 +3,7 @@
     python grpo.py --reward wer                     # everything from nothing: corpus, SFT, GRPO, control, the table
     python grpo.py --reward em --algo dr_grpo       # reuses the stages that are done, starts at RL
     python grpo.py --reward wer --data PATH         # the same on recorded speech
+    python grpo.py --task ast --reward bleu         # translation into German, from nothing; --task sqa answers questions
 
 For each utterance q the model writes G transcripts o_1 .. o_G, a reward R_i scores each against the reference, and the
 transcripts that did better than their group become likelier (DeepSeekMath, 2402.03300; for speech 2509.01939):
