@@ -170,22 +170,18 @@ def german_command(pattern, slots):
 TASKS = ("asr", "ast", "sqa")
 
 
-def pose(item, task, lang="de", where=None):
+def pose(item, task, lang="de"):
     """What a task asks of an item: adds `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
 
-    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. An item without ends the program.
+    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without.
     """
-    if task == "asr":
-        return {**item, "prompt": None, "target": item["text"]}
+    prompt, target = None, item["text"]
     if task == "ast":
         target = item.get("translation")
-        target = target.get(lang) if isinstance(target, dict) else target
-        prompt, missing = f"translate into {lang}", f'"translation" (into {lang})'
-    else:
-        prompt, target, missing = item.get("question"), item.get("answer"), '"question" and "answer"'
-    if not (prompt and target):
-        die(f"{where or item.get('id')}: --task {task} needs {missing} in every line; add it or drop the line")
-    return {**item, "prompt": prompt, "target": target}
+        prompt, target = f"translate into {lang}", target.get(lang) if isinstance(target, dict) else target
+    elif task == "sqa":
+        prompt, target = item.get("question"), item.get("answer")
+    return {**item, "prompt": prompt, "target": target} if target and (prompt or task == "asr") else None
 
 
 def questions(text):
@@ -806,7 +802,14 @@ class Recorded:
 
     def __init__(self, path, seed, task="asr", lang="de"):
         self.seed, self.task = seed, task
-        self.data = {name: [pose(item, task, lang) for item in items] for name, items in read_data(path).items()}
+        found = read_data(path)
+        self.data = {name: [posed for item in items if (posed := pose(item, task, lang))] for name, items in found.items()}
+        total, kept = (sum(map(len, splits.values())) for splits in (found, self.data))
+        need = {"ast": f'"translation" into {lang}', "sqa": '"question" and "answer"'}.get(task)
+        if not kept:
+            die(f"{path}: --task {task} needs {need}, and no utterance has it; add it to the manifest's lines")
+        if kept < total:
+            print(f"{path}: {total - kept} of {total} utterances are left out: --task {task} needs {need}", file=sys.stderr)
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
         train = self.data.setdefault("train", [])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))

@@ -1360,6 +1360,22 @@ def test_german_translations_and_answers():
         assert (item["prompt"], item["target"]) in data.questions(item["text"])
 
 
+def test_recorded_items_without_a_target_are_left_out_and_said(tmp_path, capfd):
+    folder = write_corpus(tmp_path / "corpus")
+    path = os.path.join(folder, "manifest.jsonl")
+    with pytest.raises(SystemExit):
+        data.open_corpus(folder, 0, 3, "sqa")
+    assert '"question" and "answer", and no utterance has it' in capfd.readouterr().err
+    rows = [json.loads(line) for line in open(path)]
+    rows = [{**row, "translation": [{"de": "eins"}, "zwei", {"fr": "trois"}][i % 3]} for i, row in enumerate(rows)]
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    corpus = data.open_corpus(folder, 0, 3, "ast")
+    assert f"{len(rows[2::3])} of {len(rows)} utterances are left out" in capfd.readouterr().err
+    assert {item["target"] for items in corpus.data.values() for item in items} == {"eins", "zwei"}
+    assert data.open_corpus(folder, 0, 3).data["train"][0]["prompt"] is None and not capfd.readouterr().err
+
+
 def test_prompts_of_their_own_change_only_their_rows():
     """Instructions of several lengths in one batch: each row as alone; and another instruction gives another prompt."""
     model = tiny_model()
