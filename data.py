@@ -170,6 +170,11 @@ def german_command(pattern, slots):
 TASKS = ("asr", "ast", "sqa")
 
 
+def translate_into(lang):
+    """The instruction of speech translation."""
+    return f"translate into {lang}"
+
+
 def pose(item, task, lang="de"):
     """What a task asks of an item: adds `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
 
@@ -178,7 +183,7 @@ def pose(item, task, lang="de"):
     prompt, target = None, item["text"]
     if task == "ast":
         target = item.get("translation")
-        prompt, target = f"translate into {lang}", target.get(lang) if isinstance(target, dict) else target
+        prompt, target = translate_into(lang), target.get(lang) if isinstance(target, dict) else target
     elif task == "sqa":
         prompt, target = item.get("question"), item.get("answer")
     return {**item, "prompt": prompt, "target": target} if target and (prompt or task == "asr") else None

@@ -263,6 +263,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
     p.add_argument("--ckpt", required=True, help="folder of a run (its best.pt) or a checkpoint file")
+    p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
     p.add_argument("--against", help="a second run, compared pairwise with the first")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
@@ -280,17 +281,20 @@ def main():
     args.data = args.data or of_run.get("data")
     args.max_new = args.max_new or of_run.get("max_new", 64)
 
+    task, lang = of_run.get("task", "asr"), of_run.get("lang", "de")
     if args.files:
+        if task == "sqa" and not args.question:
+            data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
+        asked = {"asr": None, "ast": data.translate_into(lang), "sqa": args.question}[task]
         for path in args.files:
             mel, lengths, _ = collate([{"audio": data.load_audio(path)}])
             device = next(model.parameters()).device
             with autocast(device):
                 frames, lengths = model.hear(mel.to(device), lengths.to(device))
-            print(f"{path}\t{transcribe(model, [{'frames': frames[0].float().cpu()}], args.beam, args.max_new)[0]}")
+            print(f"{path}\t{transcribe(model, [{'frames': frames[0].float().cpu(), 'prompt': asked}], args.beam, args.max_new)[0]}")
         return
 
-    task = of_run.get("task", "asr")
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, of_run.get("lang", "de"))
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang)
     names = args.sets.split(",") if args.sets else [n for n in corpus.sets if n != "dev"]
     for name in names:
         if name not in corpus.sets:

@@ -1333,6 +1333,10 @@ def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, 
     assert {"bleu", "r-1", "r-2", "r-l", "meteor"} <= result["sets"]["hard"]["SFT"].keys()
     out = command(tmp_path, "eval.py", "--ckpt", str(run), "--sets", "clean", "--test-size", "3")
     assert "BLEU" in out
+    soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
+    assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", *(["--question", "who is named"] if task == "sqa" else []))
+    if task == "sqa":
+        assert "--question" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", code=2)
 
 
 def test_german_translations_and_answers():
