@@ -126,28 +126,23 @@ def with_references(tokens, n, targets, lengths, G, how):
 
 @torch.no_grad()
 def rollout(model, frames, lengths, items, reward, args):
-    """Encoder frames (B, T', D) -> N transcripts as tokens, lengths, log-probabilities (of samples), rewards (B, G), strings.
-
-    The prompt runs once for the group.
-    """
+    """Encoder frames (B, T', D) -> N transcripts as tokens, their lengths, rewards (B, G), strings. The prompt runs once for the group."""
     model.eval()
     texts = [item["target"] for item in items]
     prompt = model.prefill(*model.embed_prompt(frames, lengths, [item["prompt"] for item in items]))
     G = args.G - (args.off_policy == "reference")
     if args.rollout == "beam":
         tokens, n, _ = beam_search(model, prompt, G, args.max_new)
-        logps = None
     else:
-        tokens, n, logps = generate(model, prompt, G, args.max_new, args.temperature)
+        tokens, n, _ = generate(model, prompt, G, args.max_new, args.temperature)
     if args.off_policy:
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
-        logps = None
     hyps = model.decode(tokens, n)
     refs, reward = [normalize(text) for text in texts for _ in range(args.G)], parse_reward(reward)
     scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
         scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
-    return tokens, n, logps, scores.view(-1, args.G), hyps
+    return tokens, n, scores.view(-1, args.G), hyps
 
 
 def gather_rollouts(model, supply, args, device, log):
@@ -159,7 +154,7 @@ def gather_rollouts(model, supply, args, device, log):
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
-            tokens, n, _, rewards, _ = rollout(model, frames, lengths, items, args.reward, args)
+            tokens, n, rewards, _ = rollout(model, frames, lengths, items, args.reward, args)
         advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         rewards_.append(rewards)
@@ -230,7 +225,8 @@ def main():
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "off_policy", "shaping", "overlong", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws", "grpo_dev_evals", "dev_size"]
+                "off_policy", "shaping", "overlong", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
+                "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
 

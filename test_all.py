@@ -964,11 +964,11 @@ def test_references_join_their_groups():
     assert torch.equal(again, rows)
     args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0)
     frames = some_frames(2)
-    tokens, n, _, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
+    tokens, n, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     assert hyps[2::3] == texts and scores[:, 2].tolist() == [1, 1] and scores.shape == (2, 3)
     args.overlong = 4  # of the 5 tokens of room, the last four are punished, step by step
     torch.manual_seed(0)
-    _, n, _, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
+    _, n, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     plain = torch.tensor([float(hyp == ref) for hyp, ref in zip(hyps, [t for t in texts for _ in range(3)])])
     assert torch.allclose(scores.flatten() - plain, -((n - 1).clamp(0, 4) / 4))
 
@@ -1052,7 +1052,7 @@ def test_rewards_go_to_their_own_group(monkeypatch):
     def check(rewards):
         assert rewards.tolist() == [[b] * 4 for b in range(3)]
 
-    rewards = rollout(model, *some_frames(), as_items(["0", "1", "2"]), "seen", args)[3]
+    rewards = rollout(model, *some_frames(), as_items(["0", "1", "2"]), "seen", args)[2]
     check(rewards)
     with pytest.raises(AssertionError):
         check(rewards.flatten().view(4, 3).T)  # what tiling the references with `repeat` would have made
