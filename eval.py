@@ -129,10 +129,10 @@ def hear_set(model, corpus, name, workers=1, n=None):
 
 # ---------------------------------------------------------------------------------------------- decoding a set
 @torch.no_grad()
-def transcribe(model, heard, beam=1, max_new=64, batch=64):
-    """Items with `frames` (T, D) and perhaps a `prompt` -> hypotheses in the items' order. Greedy, or the best of `beam`.
+def transcribe(model, heard, beam=1, max_new=64, batch=64, temperature=0.0, top_p=1.0):
+    """Items with `frames` (T, D) and perhaps a `prompt` -> hypotheses in the items' order.
 
-    Batches by length, so that little of a batch is padding.
+    Greedy, the best of `beam`, or one sample each at a temperature above 0. Batches by length, so that little of a batch is padding.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -148,7 +148,7 @@ def transcribe(model, heard, beam=1, max_new=64, batch=64):
                 tokens, n, _ = beam_search(model, prompt, beam, max_new)
                 tokens, n = tokens[::beam], n[::beam]
             else:
-                tokens, n, _ = generate(model, prompt, 1, max_new, temperature=0)
+                tokens, n, _ = generate(model, prompt, 1, max_new, temperature, top_p=top_p)
         for i, hyp in zip(rows, model.decode(tokens, n)):
             hyps[i] = hyp
     return hyps
@@ -270,6 +270,8 @@ def main():
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
+    p.add_argument("--temperature", type=float, default=0.0, help="above 0: one sample each (2509.16990: 0.9, with --top-p 0.9)")
+    p.add_argument("--top-p", type=float, default=1.0, help="with --temperature: from the likeliest tokens that make up this share")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: the run's, or 64")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -305,7 +307,10 @@ def main():
         heard = {ckpt: hear_set(m, corpus, name) for ckpt, m in models.items()}
         items = heard[list(models)[-1]]
         refs = [item["target"] for item in items]
-        hyps = {ckpt: transcribe(m, heard[ckpt], args.beam, args.max_new) for ckpt, m in models.items()}
+        hyps = {}
+        for ckpt, m in models.items():
+            torch.manual_seed(args.seed)  # of the samples, if any
+            hyps[ckpt] = transcribe(m, heard[ckpt], args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)
         print_table(name, task, refs, hyps, list(hyps)[:-1])
         langs = sorted({item["lang"] for item in items})
         for lang in langs if len(langs) > 1 else []:

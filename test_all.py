@@ -1308,6 +1308,8 @@ def test_main_job_in_miniature(tmp_path):
     command(tmp_path, "grpo.py", *SMALL)
 
     pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
+    sampled = [command(tmp_path, "eval.py", *pair, "--sets", "clean", "--test-size", "3", "--temperature", "0.9", "--top-p", "0.9") for _ in range(2)]
+    assert sampled[0].split("]")[-1] == sampled[1].split("]")[-1]
     out = command(tmp_path, "eval.py", *pair, "--sets", "hard", "--test-size", "3")
     assert "paired bootstrap" in out and "hard: 3 utterances" in out
     soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
