@@ -189,16 +189,20 @@ def pose(item, task, lang="de"):
     return {**item, "prompt": prompt, "target": target} if target and (prompt or task == "asr") else None
 
 
+FACTS = [("NAME", "who is named", "the one who is named is {}"), ("ROOM", "which room is meant", "the room is the {}"),
+         ("NUMBER", "which number is said", "the number is {}"), ("DAY", "which day is meant", "it is meant for {}"),
+         ("OPENING", "what is opened or closed", "it is the {}"), ("COLOUR", "which colour is named", "the colour is {}")]
+
+
 def questions(text):
     """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least."""
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
     count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
-    pairs = [(f"what is the {place} of the {kind}", f"the {place} of the {kind} is {words[i]}") for place, i in (("first", 0), ("last", -1))]
+    pairs = [(f"what is the {place} of the {kind}", f"the {place} of the {kind} is {words[i]}") for place, i in
+             (("first", 0), ("last", -1))]
     pairs.append((f"how many {kind} are there", f"there are {count} {kind}"))
-    for slot, question, answer in (("NAME", "who is named", "the one who is named is {}"), ("ROOM", "which room is meant", "the room is the {}"),
-                                   ("NUMBER", "which number is said", "the number is {}"), ("DAY", "which day is meant", "it is meant for {}"),
-                                   ("OPENING", "what is opened or closed", "it is the {}"), ("COLOUR", "which colour is named", "the colour is {}")):
+    for slot, question, answer in FACTS:
         found = [word for word in words if word in SLOTS[slot]]
         if kind == "words" and len(found) == 1:
             pairs.append((question, answer.format(found[0])))

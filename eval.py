@@ -250,7 +250,8 @@ def print_table(name, task, refs, hyps, bases=()):
     for base in bases:
         a, b = hyps[base], hyps[last]
         change, (low, high) = compare(count_errors(refs, a), count_errors(refs, b)) if task == "asr" else compare_bleu(refs, a, b)
-        print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}] of the {'WER' if task == 'asr' else 'BLEU'}, relative, paired bootstrap")
+        rate = "WER" if task == "asr" else "BLEU"
+        print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}] of the {rate}, relative, paired bootstrap")
         entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
     return entry
 

@@ -293,7 +293,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
             off = each % args.G == args.G - 1 if args.off_policy == "reference" else None
-            pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each], advantages[rows].flatten(), off, None])
+            pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
+                           advantages[rows].flatten(), off, None])
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0

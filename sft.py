@@ -471,8 +471,8 @@ def stage_plan(stage, args):
 def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
-    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr, "batch": size, "vocab": args.vocab,
-            "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
+            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
