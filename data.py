@@ -39,6 +39,8 @@ VIEW_SNR, HARD_VIEW_SNR = (3.0, 25.0), (-5.0, 10.0)                # dB; the vie
 VIEW_SPEED, HARD_VIEW_SPEED = (0.88, 1.12), (0.8, 1.25)            # times the recorded speed
 HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
 OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
+OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
+CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
 OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
 EDGE = (0.05, 0.25)                          # s of silence before the first and after the last word
 # Shares of commands, digit, letter, name and random strings, by `hard`.
@@ -517,8 +519,8 @@ def smooth_power(x):
 
 
 def degrade(audio, condition, rng, babble=None):
-    """Put clean speech, float32 (n,), into a condition ("clean", "hard" or "ood"): same length, peak below 1.
-    babble: tracks of single talkers (m, n') for ood; None takes `babble_tracks()`.
+    """Put clean speech, float32 (n,), into a condition: "clean", "hard", "ood", or a part of ood alone, "far" (echo), "babble" or
+    "pauses" (noise and clicks in them). Same length, peak below 1. babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
     Raises ValueError for another condition."""
     n = len(audio)
     if condition == "clean":
@@ -526,9 +528,9 @@ def degrade(audio, condition, rng, babble=None):
         audio = mix(audio, coloured_noise(n, rng, colour), rng.uniform(*CLEAN_SNR))
     elif condition == "hard":
         audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
-    elif condition == "ood":
+    elif condition in ("ood", *OOD_PARTS):
         tracks = babble_tracks() if babble is None else babble
-        kind = rng.choice(3, p=(0.45, 0.25, 0.3))                   # babble, noise, both
+        kind = rng.choice(3, p=(0.45, 0.25, 0.3)) if condition == "ood" else int(condition != "babble")  # babble, noise, both
         noise = np.zeros(n, np.float32)
         if kind != 1:
             for k in rng.choice(len(tracks), rng.integers(3, 7), replace=False):
@@ -536,11 +538,14 @@ def degrade(audio, condition, rng, babble=None):
             noise /= noise.std()
         if kind != 0:
             noise += uneven_noise(n, rng)
-        for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE) if rng.random() < 0.3 else 0):      # clicks
+        clicks = 0.3 if condition == "ood" else float(condition == "pauses")
+        for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE) if rng.random() < clicks else 0):
             noise[rng.integers(n)] += rng.uniform(5, 20)
-        audio = mix(reverberate(audio, rng), noise, rng.uniform(*OOD_SNR))
+        if condition in ("ood", "far"):
+            audio = reverberate(audio, rng)
+        audio = mix(audio, noise, rng.uniform(*OOD_SNR))
     else:
-        raise ValueError(f"condition {condition!r} is none of clean, hard, ood")
+        raise ValueError(f"condition {condition!r} is none of {', '.join(CONDITIONS)}")
     return (audio * (rng.uniform(0.15, 0.95) / np.abs(audio).max())).astype(np.float32)
 
 
@@ -557,13 +562,13 @@ def posed(text, task, which):
     return pose({"text": text, "lang": "en", "translation": {"de": german(text)}, "question": question, "answer": answer}, task)
 
 
-def utterance(split, index, seed=0, condition=None, task="asr"):
+def utterance(split, index, seed=0, condition=None, task="asr", said=None):
     """Item `index` of `split` ("train", "dev", "test"): a dict of id, audio float32 (n,), text, lang, speaker, condition,
     translation, question, answer, prompt and target (see `pose`). The same arguments give the same item; indices never run out.
-    condition: "clean", "hard", "ood", or None: hard with probability HARD_SHARE, else clean. ood speaks the
-    test split's sentences in voices of its own, so only split test may ask for it (AssertionError)."""
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index,
-                                 {None: 0, "clean": 1, "hard": 2, "ood": 3}[condition]])
+    condition: one of CONDITIONS; None is hard with probability HARD_SHARE, else clean. ood speaks the
+    test split's sentences in voices of its own, so only split test may ask for it (AssertionError).
+    said: an item without audio that this voice is to speak, instead of a sentence of the voice's own."""
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index, CONDITIONS.index(condition)])
     if condition is None:
         condition = "hard" if rng.random() < HARD_SHARE else "clean"
     assert condition != "ood" or split == "test", "ood is never trained on: it belongs to split test"
@@ -571,57 +576,81 @@ def utterance(split, index, seed=0, condition=None, task="asr"):
     k = int(rng.integers(VOICES[pool]))
     talker = speaker_voice(pool, k, condition)
     while True:
-        text = sentence_in(split, rng, condition != "clean", task)
+        text = said["text"] if said else sentence_in(split, rng, condition != "clean", task)
         words = len(text.split())
         pauses = natural_pauses(words, rng)
-        stretch, p = {"clean": ((0, 0), 0.0), "hard": (HARD_STRETCH, HARD_STRETCH_P),
-                      "ood": (OOD_STRETCH, OOD_STRETCH_P)}[condition]
+        stretch, p = {"hard": (HARD_STRETCH, HARD_STRETCH_P), "ood": (OOD_STRETCH, OOD_STRETCH_P),
+                      "pauses": (OOD_STRETCH, 2 * OOD_STRETCH_P)}.get(condition, ((0, 0), 0.0))
         for place in (0, words, int(rng.integers(1, words)) if words > 1 else 0):
             if rng.random() < p:
                 pauses[place] += rng.uniform(*stretch)
         audio = synthesise(text, talker, rng, pauses)
         if len(audio) <= MAX_SECONDS * SAMPLE_RATE:
             break
-    audio = degrade(audio, condition, rng, babble_tracks(seed) if condition == "ood" else None)
-    return dict(posed(text, task, index), id=f"{split}-{condition}-{seed}-{index}", audio=audio,
+    audio = degrade(audio, condition, rng, babble_tracks(seed) if condition in ("ood", "babble") else None)
+    return dict(said or posed(text, task, index), id=f"{split}-{condition}-{seed}-{index}", audio=audio,
                 speaker=f"{pool}-{k:03d}", condition=condition)
 
 
 # ------------------------------------------------------------------------------- corpora as the stages see them
+TAKES = 4  # voices in which RBA has each of its instructions spoken
 STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "read": 4}     # SFT continued draws GRPO's
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
 
 
 class Embedded:
-    """The made-up corpus. `sets` names dev and the test sets with their sizes; train has no end."""
+    """The made-up corpus. `sets` names dev and the test sets with their sizes, `tests` those of a run's table; train has no end.
 
-    def __init__(self, seed, test=300, task="asr"):
-        self.seed, self.task, self.sets = seed, task, {"dev": 600, "clean": test, "hard": test, "ood": test}
+    domain: the condition of RL's and the control's audio, "hard" or one of OOD_PARTS, which then is a test set, and dev's.
+    dialogues: items without audio that a teacher invented (RBA); with them training speaks those and no other sentences.
+    """
+
+    def __init__(self, seed, test=300, task="asr", domain="hard"):
+        self.seed, self.task, self.domain, self.dialogues = seed, task, domain, []
+        self.sets = {"dev": 600, **dict.fromkeys(("clean", "hard", "ood", *OOD_PARTS, "voices"), test)}
+        self.tests = ["clean", "hard", "ood"] + ([] if domain == "hard" else [domain])
         self.kept = {}
 
     def item(self, name, i):
-        """Utterance i of a set, with its audio. Dev is half clean, half hard."""
+        """Utterance i of a set, with its audio. Dev is half clean, half hard; `voices` says each hard sentence in 4 voices."""
         if name == "dev":
-            return utterance("dev", i, self.seed, ("hard", "clean")[i % 2], self.task)
+            condition = ("hard", "clean")[i % 2] if self.domain == "hard" else self.domain
+            return utterance("dev", i, self.seed, condition, self.task)
+        if name == "voices":
+            text = sentence_in("test", np.random.default_rng([self.seed, 8, i // TAKES]), True, self.task)
+            return utterance("test", 10**6 + i, self.seed, "hard", self.task, posed(text, self.task, i // TAKES))
         return utterance("test", i, self.seed, name, self.task)
+
+    def dialogue(self, stream, number):
+        """Dialogue of utterance `number` of a stream; None without a teacher. RL has the last fifth to itself, in TAKES voices each."""
+        if not self.dialogues:
+            return None
+        first = len(self.dialogues) * 4 // 5
+        if stream == "grpo":
+            return self.dialogues[first + number // TAKES % (len(self.dialogues) - first)]
+        return self.dialogues[(STREAMS[stream] * 7919 + number) % first]
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one."""
         group = k // GROUP
         if (stream, group, size) not in self.kept:
             first = STREAMS[stream] * 10**7 + group * GROUP * size
-            condition = "hard" if stream == "grpo" else None
+            condition = self.domain if stream == "grpo" else None
             if stream == "encoder" and group * GROUP * size < CLEAN_START:
                 condition = "clean"
-            items = [utterance("train", first + i, self.seed, condition, self.task) for i in range(GROUP * size)]
-            items.sort(key=lambda item: len(item["audio"]))
+            items = [utterance("train", first + i, self.seed, condition, self.task, self.dialogue(stream, group * GROUP * size + i))
+                     for i in range(GROUP * size)]
+            if not (self.dialogues and stream == "grpo"):                # there the voices of a dialogue stay together
+                items.sort(key=lambda item: len(item["audio"]))
             order = np.random.default_rng([self.seed, group]).permutation(GROUP)
             self.kept = {(stream, group, size): [items[j * size:(j + 1) * size] for j in order]}
         return self.kept[stream, group, size][k % GROUP]
 
     def texts(self, stream, k, size):
         """Batch k of sentences for the stages text and read, as items without audio."""
+        if self.dialogues:
+            return [self.dialogue(stream, k * size + i) for i in range(size)]
         rng = np.random.default_rng([self.seed, STREAMS[stream], k])
         return [posed(sentence_in("train", rng, rng.random() < HARD_SHARE, self.task), self.task, i) for i in range(size)]
 
@@ -820,6 +849,7 @@ class Recorded:
         if kept < total:
             print(f"{path}: {total - kept} of {total} utterances are left out: --task {task} needs {need}", file=sys.stderr)
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
+        self.tests = [name for name in self.sets if name != "dev"]
         train = self.data.setdefault("train", [])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
         self.kept = {}
@@ -883,9 +913,9 @@ def noisy_view(audio, rng, hard=False):
     return degrade(audio, "clean", rng)
 
 
-def open_corpus(path, seed, test_size=300, task="asr", lang="de"):
+def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard"):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances, as a task poses it."""
-    return Recorded(path, seed, task, lang) if path else Embedded(seed, test_size, task)
+    return Recorded(path, seed, task, lang) if path else Embedded(seed, test_size, task, domain)
 
 
 # ----------------------------------------------------------------------------------------------------- CLI

@@ -4,6 +4,7 @@
     python eval.py --ckpt runs/digit_strings-0/grpo-wer --data ../shared/speech/digit_strings --beam 4
     python eval.py --ckpt runs/embedded-0/grpo-wer --against runs/embedded-0/speech      # the two, pairwise
     python eval.py --ckpt runs/embedded-0/grpo-wer my.wav                   # what does it hear?
+    python eval.py --table 2 --run                                          # a paper's table in miniature: 2 3 4 sqa ast rewards rba
 
 WER is the corpus's: all edits over all reference words, on normalised text (rewards.normalize), in percent. An
 interval is the 95% bootstrap over utterances (Bisani and Ney, ICASSP 2004): draw as many utterances with replacement,
@@ -13,9 +14,12 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from tqdm import tqdm
 import data
 from encoder import log_mel
 from model import SpeechLM, beam_search, generate
-from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize
+from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -181,11 +185,15 @@ def summary(counts):
             "utterances": len(counts), "words": int(words)}
 
 
-def bootstrap(statistic, n, draws=10000, seed=0):
-    """95% interval of statistic(weights), where weights (draws, n) say how often each of n utterances was drawn."""
+def resample(statistic, n, draws=10000, seed=0):
+    """statistic(weights) (draws,), where weights (draws, n) say how often each of n utterances was drawn."""
     rng = np.random.default_rng(seed)
-    values = [statistic(rng.multinomial(n, np.full(n, 1 / n), size=min(1000, draws - k))) for k in range(0, draws, 1000)]
-    return [float(x) for x in np.percentile(np.concatenate(values), [2.5, 97.5])]
+    return np.concatenate([statistic(rng.multinomial(n, np.full(n, 1 / n), size=min(1000, draws - k))) for k in range(0, draws, 1000)])
+
+
+def bootstrap(statistic, n, **kw):
+    """95% interval of a statistic, see `resample`."""
+    return [float(x) for x in np.percentile(resample(statistic, n, **kw), [2.5, 97.5])]
 
 
 def wer_interval(counts, **kw):
@@ -256,14 +264,195 @@ def print_table(name, task, refs, hyps, bases=()):
     return entry
 
 
+def keep_transcripts(folder, name, refs, hyps):
+    """Writes one model's transcripts of a test set to folder/NAME.hyps.json: what the tables of the papers are made of."""
+    path = os.path.join(folder, f"{name}.hyps.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump({"refs": refs, "hyps": hyps}, f, indent=0)
+    os.replace(path + ".tmp", path)
+
+
 TEXT_HEADER = f"{'':<26} {'BLEU':>6} {'R-1':>6} {'R-2':>6} {'R-L':>6} {'METEOR':>6}"
+
+
+# ---------------------------------------------------------------------------------------------- the papers' tables
+def row(label, folder, flags="", *paper):
+    """A row of a table: its name, the stage's folder, the flags of the grpo.py that makes it, the paper's figures, one a set."""
+    return label, folder, flags, paper
+
+
+def chain(run, flags, *paper):
+    """The rows that every table begins with: SFT, and SFT continued for as long as RL took, which the papers do not have."""
+    return [row("SFT", f"{run}/speech", flags, *paper), row("SFT continued", f"{run}/control", flags)]
+
+
+E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"
+BLEU = "--task {t} --reward bleu"
+SPOKEN = {  # LibriSQA and CoVoST2 2B of 2509.16990; METEOR and ROUGE are in FACTS.md
+    "sqa": ("27.74", "40.88", "44.90"), "ast": ("29.06", "30.50", "31.47")}
+
+
+def spoken_table(task, run):
+    """SQA's and AST's tables have the same rows."""
+    flags, (base, sft, grpo) = BLEU.format(t=task), SPOKEN[task]
+    return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", bases=("SFT", "SFT continued"),
+                sets={"clean": "LibriSQA I" if task == "sqa" else "CoVoST2 En-De", "hard": "", "ood": ""}, rows=[
+        row("base", f"{run}/read", flags, base), *chain(run, flags, sft), row("GRPO (BLEU)", f"{run}/grpo-bleu", flags, grpo),
+        row("MP-GRPO", f"{run}/mp", f"{flags} --off-policy reference --rl-name mp"),
+        row("MP-GRPO, shaped", f"{run}/mp-shaped", f"{flags} --off-policy reference --shaping 0.1 --rl-name mp-shaped"),
+        row("MP-GRPO, duplicate", f"{run}/mp-duplicate", f"{flags} --off-policy duplicate --rl-name mp-duplicate")])
+
+
+# sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with.
+TABLES = {
+    "2": dict(task="asr", title="Table II of 2509.01939 (2B), WER", bases=("SFT", "SFT continued"),
+              sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all"}, rows=[
+        *chain(E, "--reward wer", "5.48", "23.5", "10.12"),
+        row("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
+        row("GRPO (WER), beta .04", f"{E}/beta", "--reward wer --beta 0.04 --rl-name beta", "5.49", "21.53", "9.47"),
+        row("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "5.64", "21.48", "9.51"),
+        row("GRPO (EM)", f"{E}/grpo-em", "--reward em", "5.62", "22.29", "9.76"),
+        row("DAPO (EM)", f"{E}/dapo-em", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
+        row("DAPO (WER)", f"{E}/dapo-wer", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
+        row("Dr. GRPO (EM)", f"{E}/dr_grpo-em", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
+        row("GRPO (WER), beam", f"{E}/beam", "--reward wer --rollout beam -G 6 --rl-name beam"),
+        row("GRPO (WER), G 6", f"{E}/G6", "--reward wer -G 6 --rl-name G6"),
+        row("GRPO (WER), G 10", f"{E}/G10", "--reward wer -G 10 --rl-name G10")]),
+    "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub", bases=("SFT", "SFT continued"),
+              sets={"far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
+        *chain(E, "--reward wer", "56.7/16.6/14.6", "38.4/10.3/7.3", ".5/1.7/1.6"),
+        row("GRPO (WER)", f"{E}/grpo-wer", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
+        row("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "8.9/17.6/12.1", "5.6/11/6.3", ".5/1.7/1.6"),
+        row("GRPO (EM)", f"{E}/grpo-em", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
+    "4": dict(task="asr", title="Table IV of 2509.01939 (2B), adapting to another domain (echo), WER", bases=("base", "SFT"),
+              sets={"far": "AMI-SDM", "clean": "MLS En (old)", "hard": "VoxPopuli En (old)", "ood": ""}, rows=[
+        row("base", f"{E}/speech", "--reward wer", "87.88", "4.83", "7.92"),
+        *(row(label, f"far-{{s}}/{stage}", f"--reward wer --init runs/{E}/speech --domain far --name far-{{s}}", *paper) for label, stage, *paper
+          in [("SFT", "control", "44.34", "6.91", "9.80"), ("GRPO (WER)", "grpo-wer", "31.98", "6.59", "9.10")])]),
+    "sqa": spoken_table("sqa", Q),
+    "ast": spoken_table("ast", T),
+    "rewards": dict(task="sqa", title="Reward choice, 2509.16990 (2B, LibriSQA), BLEU/R-1/R-2/R-L/METEOR", bases=("SFT",),
+                    sets={"hard": "LibriSQA I"}, rows=[
+        *chain(Q, BLEU.format(t="sqa"), "40.88/65.1/49.1/61.5/64.6"),
+        *(row(f"GRPO ({reward})", f"{Q}/grpo-{reward}", f"--task sqa --reward {reward}", paper) for reward, paper in
+          [("bleu", "44.9/68.6/53.4/64.9/68.5"), ("rouge1", "38.8/68.9/53.5/64.8/60.7"), ("rouge2", "37.8/68.6/54.2/65.3/58.9"),
+           ("rougeL", "38.0/68.7/53.8/65.4/59.3"), ("meteor", "37.7/67.0/51.7/62.6/70.3")])]),
+    "rba": dict(task="sqa", title="RBA, 2509.03526: BLEU of En-X, agreement over 4 voices", bases=("SFT", "SFT continued"),
+                sets={"clean": "BLEU, En-X", "hard": "", "voices": "agreement"}, rows=[
+        *(row(label, f"{R}/{stage}", "--task sqa --algo rba_group --reward bleu", *paper) for label, stage, *paper in
+          [("base", "read", "30.3", "", ".826"), ("SFT, teacher's", "speech", "30.5", "", ".893"), ("SFT continued", "control")]),
+        row("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", ".945"),
+        row("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
+        row("RBA-Group, CE", f"{R}/group-ce", "--task sqa --algo rba_group --reward bleu --ce 0.2 --rl-name group-ce"),
+        row("RBA-Single, CE", f"{R}/single-ce", "--task sqa --algo rba_single --reward bleu --ce 0.2 --rl-name single-ce")]),
+}
+TABLES["rba"]["bases"] = ("SFT, teacher's", "SFT continued")
+
+
+def draws_of(task, refs, hyps, seed):
+    """What a set is judged by, WER or BLEU, of the transcripts and of 10,000 bootstrap draws of them: one seed, the same draws."""
+    if task == "asr":
+        counts = count_errors(refs, hyps)
+        errors, words = counts[:, :3].sum(1), counts[:, 3]
+        statistic = lambda w: 100.0 * (w @ errors) / np.maximum(1, w @ words)
+    else:
+        counts = np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
+        statistic = lambda w: np.array([100.0 * bleu_of(c, False) for c in (w @ counts).tolist()])
+    return statistic(np.ones((1, len(refs)), int))[0], resample(statistic, len(refs), seed=seed)
+
+
+def mean_change(a, b):
+    """Two rows {seed: draws_of} -> relative change of the mean over the seeds that both have, in percent, and its 95% interval."""
+    seeds = sorted(a.keys() & b.keys())
+    (before, drawn), (after, drawn_after) = ([np.mean([x[s][i] for s in seeds], axis=0) for i in (0, 1)] for x in (a, b))
+    change = lambda x, y: 100.0 * (y - x) / np.maximum(x, 1e-9)
+    low, high = np.percentile(change(drawn, drawn_after), [2.5, 97.5])
+    return f"{change(before, after):+.1f}% [{low:+.1f}, {high:+.1f}]"
+
+
+def agreement(hyps):
+    """Mean sentence BLEU of the answers to the same words in two voices, over all such pairs, percent: 100 if the voice changes nothing."""
+    groups = [hyps[i:i + data.TAKES] for i in range(0, len(hyps), data.TAKES)]
+    return 100 * float(np.mean([sentence_bleu(a, b) for group in groups for a, b in itertools.permutations(group, 2)]))
+
+
+def kept_transcripts(folder, name, n, ears):
+    """References and transcripts of a stage on a set, NAME or NAME@DATA: those that its run left there, or made and left now.
+
+    ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
+    """
+    name, _, path = name.partition("@")
+    file = os.path.join(folder, f"{name}{'-' + os.path.basename(path) if path else ''}.hyps.json")
+    if os.path.exists(file):
+        found = json.loads(Path(file).read_text())
+        if path or len(found["refs"]) == n:
+            return found["refs"], found["hyps"]
+    config = json.loads(Path(folder, "config.json").read_text())
+    model = load_model(folder, pick_device())
+    key = os.path.dirname(folder), name, path
+    if key not in ears:
+        corpus = data.open_corpus(path or config["data"], config["seed"], n, config["task"], config["lang"])
+        ears[key] = hear_set(model, corpus, name)
+    refs = [item["target"] for item in ears[key]]
+    hyps = transcribe(model, ears[key], max_new=config.get("max_new", 64))
+    keep_transcripts(folder, os.path.basename(file).removesuffix(".hyps.json"), refs, hyps)
+    return refs, hyps
+
+
+def print_paper_table(args):
+    """The miniature of a paper's table, from the runs that exist; what is missing is named with its command, or run."""
+    table, seeds = TABLES[args.table], args.seeds.split(",")
+    commands = {}  # of what is missing
+    for _, folder, flags, _ in table["rows"]:
+        for s in seeds:
+            if not os.path.exists(os.path.join("runs", folder.format(s=s), "best.pt")):
+                commands[f"grpo.py {flags.format(s=s)} --seed {s}"] = None
+    if args.run and commands:
+        print(f"{len(commands)} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
+        for command in tqdm(commands, desc="runs"):
+            done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+            if done.returncode:
+                data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        commands = {}
+    print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}, changes of the means with 95% paired bootstrap intervals")
+    ears, asr = {}, table["task"] == "asr"
+    columns = ("wer", "ins", "del", "sub") if asr else ("bleu", *TEXT_METRICS)
+    for name, of in table["sets"].items():
+        if "@" in name and not os.path.exists(name.split("@")[1]):
+            print(f"\n{name}: not on this machine, left out")
+            continue
+        extra = ("agree",) if name == "voices" else ()
+        print(f"\n{name:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
+              + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
+        seen = {}
+        for label, folder, _, paper in table["rows"]:
+            figures, drawn = [], {}
+            for s in seeds:
+                path = os.path.join("runs", folder.format(s=s))
+                if os.path.exists(os.path.join(path, "best.pt")):
+                    refs, hyps = kept_transcripts(path, name, args.test_size, ears)
+                    entry = summary(count_errors(refs, hyps)) if asr else text_summary(refs, hyps)
+                    figures.append([entry[c] for c in columns] + [agreement(hyps) for _ in extra])
+                    drawn[s] = draws_of(table["task"], refs, hyps, int(s))
+            changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
+                       for base in table["bases"]]
+            seen[label] = drawn
+            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(columns) + len(extra))
+            at = list(table["sets"]).index(name)
+            few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
+            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[at] if at < len(paper) else ''}{few}")
+    for command in commands:
+        print(f"missing: python {command}")
 
 
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
-    p.add_argument("--ckpt", required=True, help="folder of a run (its best.pt) or a checkpoint file")
+    p.add_argument("--table", choices=TABLES, help="print the miniature of a paper's table from the runs that exist")
+    p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
+    p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
+    p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
     p.add_argument("--against", help="a second run, compared pairwise with the first")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
@@ -277,6 +466,10 @@ def main():
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
+    if args.table:
+        return print_paper_table(args)
+    if not args.ckpt:
+        p.error("give --ckpt, the folder of a run, or --table")
     model = load_model(args.ckpt, pick_device(args.device))
     config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
     of_run = json.loads(Path(config).read_text()) if os.path.exists(config) else {}
@@ -298,7 +491,7 @@ def main():
         return
 
     corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang)
-    names = args.sets.split(",") if args.sets else [n for n in corpus.sets if n != "dev"]
+    names = args.sets.split(",") if args.sets else corpus.tests
     for name in names:
         if name not in corpus.sets:
             data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")

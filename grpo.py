@@ -4,6 +4,8 @@
     python grpo.py --reward em --algo dr_grpo       # reuses the stages that are done, starts at RL
     python grpo.py --reward wer --data PATH         # the same on recorded speech
     python grpo.py --task ast --reward bleu         # translation into German, from nothing; --task sqa answers questions
+    python grpo.py --task sqa --algo rba_group --reward bleu      # RBA: a teacher LLM invents all that is said and answered
+    python grpo.py --init runs/embedded-0/speech --domain far --name far-0      # adapts that model to echo; or to --data PATH
 
 For each utterance q the model writes G transcripts o_1 .. o_G, a reward R_i scores each against the reference, and the
 transcripts that did better than their group become likelier (DeepSeekMath, 2402.03300; for speech 2509.01939):
@@ -22,6 +24,12 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     reference     G - 1 samples and the reference, for which pi_old := 1 and nothing is clipped: r = pi_theta, or with
                   --shaping g r = pi_theta / (pi_theta + g), lest tokens that are unlikely learn next to nothing
     duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled
+
+    --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers y to the same speech x, as RBA has it (2509.03526):
+                  loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
+    rba_group     one sample for each of 4 voices of an instruction; y_w is the best by --reward, against the teacher's answer, y_l the
+                  worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
+    rba_single    y_w is the teacher's answer, y_l a sample. With --ce X no reference model, but X times the teacher's cross entropy
 
 (The mean over utterances as well, in the first and third; all counts are over the whole optimiser step. Beam hypotheses,
 --rollout beam, are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. Only with
@@ -46,7 +54,7 @@ from tqdm import tqdm
 import data
 import sft
 from encoder import length_mask
-from eval import autocast, hear_set, load_model, pick_device, print_table, shortfall, transcribe
+from eval import autocast, hear_set, keep_transcripts, load_model, pick_device, print_table, shortfall, transcribe
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
@@ -55,8 +63,12 @@ ALGOS = {
     "grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False),
     "dapo": dict(beta=0.0, eps_low=0.2, eps_high=0.28, loss_norm="token", std=True, dynamic_sampling=True),
     "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
+    # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
+    **dict.fromkeys(("rba_group", "rba_single"), dict(beta=0.1, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=False,
+                                                      dynamic_sampling=False)),
 }
 
+RBA = ("rba_group", "rba_single")
 AHEAD_MOST = 500  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 500 MB
 
 
@@ -94,6 +106,34 @@ def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_hig
         gain = gain - beta * (gap.exp() - gap - 1)                             # Eq. 6
     held = ((clipped - ratio) * A < 0) & mask
     return -(gain * mask * weight).sum(), held.sum()
+
+
+def dpo_loss(logp, ref, mask, beta, ce=0.0):
+    """DPO's loss summed over pairs: rows of logp, ref and mask (3 B, T) are y_w, y_l and the teacher's answer, of each x in turn.
+
+    ref None stands for no reference model; ce is the weight of the teacher's cross entropy, nats a token."""
+    total = (logp * mask).sum(1).view(-1, 3)                                   # (B, 3)
+    gap = total if ref is None else total - (ref * mask).sum(1).view(-1, 3)
+    loss = -F.logsigmoid(beta * (gap[:, 0] - gap[:, 1]))                       # (B,)
+    return (loss - ce * total[:, 2] / mask.sum(1).view(-1, 3)[:, 2]).sum()
+
+
+def rba_pairs(tokens, n, targets, target_n, scores, how):
+    """One sample an utterance, tokens (B, T), n (B,), scores (B,), and the teacher's answers -> rows y_w, y_l, teacher's of each
+    pair (3 P, T), their lengths (3 P,), whose speech the pairs are about (P,), which pairs differ (P,)."""
+    T = max(tokens.shape[1], targets.shape[1])
+    tokens, targets = (F.pad(x, (0, T - x.shape[1]), value=PAD) for x in (tokens, targets))
+    if how == "rba_single":
+        x = torch.arange(len(n), device=n.device)
+        rows, lengths = torch.stack([targets, tokens, targets], 1), torch.stack([target_n, n, target_n], 1)
+        differ = (tokens != targets).any(1)
+    else:
+        scores = scores.view(-1, data.TAKES)
+        first = torch.arange(len(scores), device=n.device) * data.TAKES
+        best, x = first + scores.argmax(1), first + scores.argmin(1)           # (P,)
+        rows, lengths = torch.stack([tokens[best], tokens[x], targets[x]], 1), torch.stack([n[best], n[x], target_n[x]], 1)
+        differ = scores.amax(1) - scores.amin(1) > 1e-6
+    return rows.view(-1, T), lengths.flatten(), x, differ
 
 
 def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
@@ -155,10 +195,16 @@ def gather_rollouts(model, supply, args, device, log):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
             tokens, n, rewards, _ = rollout(model, frames, lengths, items, args.reward, args)
-        advantages, varied = group_advantages(rewards, args.std)
+        cut.append(tokens.gather(1, n[:, None] - 1) != EOS)  # no room left for its <EOS>
+        if args.algo in RBA:
+            targets = sft.targets_of(model, [item["target"] for item in items], device)
+            tokens, n, x, varied = rba_pairs(tokens, n, *targets, rewards[:, 0], args.algo)
+            advantages = torch.zeros(len(x), 3, device=device)  # DPO has none
+            frames, lengths, items, rewards = frames[x], lengths[x], [items[i] for i in x.tolist()], rewards.view(len(x), -1)
+        else:
+            advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         rewards_.append(rewards)
-        cut.append(tokens.gather(1, n[:, None] - 1) != EOS)  # no room left for its <EOS>
         kept_total += int(varied.sum())
         if kept_total >= args.prompts:
             break
@@ -180,7 +226,7 @@ def main():
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
-    p.add_argument("--steps", type=int, default=240, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
@@ -193,6 +239,7 @@ def main():
     p.add_argument("--off-policy", choices=["reference", "duplicate"], help="the reference as a member of the group: see above")
     p.add_argument("--shaping", type=float, default=0.0, help="with --off-policy reference: LUFFY's p / (p + SHAPING), 0.1 there")
     p.add_argument("--overlong", type=int, default=0, help="DAPO's soft punishment of the last so many tokens before --max-new")
+    p.add_argument("--ce", type=float, default=0.0, help="RBA: weight of the teacher's cross entropy, in place of the reference model")
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
@@ -204,18 +251,25 @@ def main():
         parse_reward(args.reward)
     except ValueError as e:
         data.die(f"--reward {args.reward}: {e}")
-    if args.G < 2:
+    if args.algo in RBA:
+        args.G, args.teacher_steps = 1, args.teacher_steps or 600
+        if args.prompts % data.TAKES or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong:
+            data.die(f"--algo {args.algo}: --prompts in fours, one update, and no --off-policy, --dynamic-sampling or --overlong")
+    elif args.ce:
+        data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
+    elif args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     if args.control_batches is None:
         args.control_batches = args.steps
     corpus = sft.finish_arguments(args)
-    if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", *sft.ORDER)):
+    if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
-    sft.check_stages(sft.ORDER, args)
+    sft.check_stages(args)
     sft.check_config(*rl_config(args))
     ahead = [("grpo", args.prompts, k) for k in range(min(args.steps, AHEAD_MOST))]
-    for stage in sft.ORDER[:-1]:
+    sft.teach(args, corpus)
+    for stage in sft.stages_to("speech", args):
         sft.run_stage(stage, args, corpus, ahead if stage == "speech" else ())
     folder = train(args, corpus)
     sft.run_stage("control", args, corpus)
@@ -225,7 +279,7 @@ def main():
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "off_policy", "shaping", "overlong", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
+                "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
                 "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
@@ -244,7 +298,7 @@ def train(args, corpus):
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
     model = load_model(start, device)
-    reference = load_model(start, device) if args.beta else None
+    reference = load_model(start, device) if args.beta and not args.ce else None
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -287,12 +341,13 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
     pieces, n_sequences, n_tokens = [], 0, 0
     for frames, lengths, asked, tokens, n, advantages, varied in parts:
         counted = varied if args.dynamic_sampling else torch.ones_like(varied)
-        n_sequences += int(counted.sum()) * args.G
-        n_tokens += int((n.view(-1, args.G).sum(1) * counted).sum())
-        keep = counted if args.beta else varied
+        G = len(n) // len(frames)
+        n_sequences += int(counted.sum()) * G
+        n_tokens += int((n.view(-1, G).sum(1) * counted).sum())
+        keep = counted if args.beta and args.algo not in RBA else varied
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
-            each = (rows[:, None] * args.G + torch.arange(args.G, device=device)).flatten()
-            off = each % args.G == args.G - 1 if args.off_policy == "reference" else None
+            each = (rows[:, None] * G + torch.arange(G, device=device)).flatten()
+            off = each % G == G - 1 if args.off_policy == "reference" else None
             pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
                            advantages[rows].flatten(), off, None])
     model.train()
@@ -312,9 +367,12 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                         ref, _ = reference.token_logps(tokens, prompt, args.temperature)
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
-            weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
-            loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
-                                     args.shaping)
+            if args.algo in RBA:
+                loss, clip = dpo_loss(logp, ref, mask, args.beta, args.ce) / (n_sequences // G), 0
+            else:
+                weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
+                loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
+                                         args.shaping)
             loss.backward()
             with torch.no_grad():
                 total, held, seen = total + float(loss), held + float(clip), seen + float(mask.sum())
@@ -341,10 +399,12 @@ def report(args, corpus, folder):
             with open(log) as f:
                 result["seconds"][name] = json.loads(f.readlines()[-1])["seconds"]
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
-    for test in [name for name in corpus.sets if name != "dev"]:
+    for test in corpus.tests:
         heard = hear_set(models["SFT"], corpus, test, args.workers)
         refs = [item["target"] for item in heard]
         hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
+        for name, path in paths.items():
+            keep_transcripts(os.path.join("runs", args.name, path), test, refs, hyps[name])
         result["sets"][test] = print_table(test, args.task, refs, hyps, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: hyps["SFT"][i] == hyps[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")

@@ -37,12 +37,14 @@ from tqdm import tqdm
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
 from eval import Chunks, autocast, collate, hear_set, load_model, loader, pick_device, shortfall, transcribe
-from model import EOS, LlamaConfig, SpeechLM, load_tokenizer, right_pad, train_tokenizer
+from model import (BOS, EOS, INSTRUCTION, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, left_pad, load_tokenizer, right_pad,
+                   train_tokenizer)
 from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
-MAY_BE_ZERO = {"seed", "workers", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
-               "eps_high", "std", "dynamic_sampling", "shaping", "overlong"}
+TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
+MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
+               "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 
@@ -51,6 +53,8 @@ def add_arguments(p):
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the embedded corpus")
     p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
     p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
+    p.add_argument("--init", help="a run's stage, runs/NAME/speech: begin with its model in place of the stages before RL")
+    p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: what embedded audio RL and control adapt to")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -58,7 +62,9 @@ def add_arguments(p):
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: twice the longest of training")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
-    p.add_argument("--encoder-steps", type=int, default=280, help="optimiser steps of the stage encoder")
+    p.add_argument("--teacher-steps", type=int, default=0, help="above 0: a teacher invents all that is said and answered (RBA)")
+    p.add_argument("--dialogues", type=int, default=12000, help="how many it invents")
+    p.add_argument("--encoder-steps", type=int, default=240, help="optimiser steps of the stage encoder")
     p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
     p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
@@ -66,11 +72,11 @@ def add_arguments(p):
     p.add_argument("--read-steps", type=int, default=600, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=3000, help="optimiser steps of the stage speech")
-    p.add_argument("--speech-batches", type=int, default=480, help="different batches it hears, and keeps; the first are the encoder's")
+    p.add_argument("--speech-steps", type=int, default=2600, help="optimiser steps of the stage speech")
+    p.add_argument("--speech-batches", type=int, default=420, help="different batches it hears, and keeps; the first are the encoder's")
     p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=1500, help="optimiser steps of SFT continued: about as long as GRPO")
-    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 240")
+    p.add_argument("--control-steps", type=int, default=1250, help="optimiser steps of SFT continued: about as long as GRPO")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
@@ -85,9 +91,9 @@ def finish_arguments(args):
     args.data = os.path.abspath(args.data) if args.data else None
     folder, kind = os.path.split(args.data or "embedded")
     kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
-    args.name = args.name or "-".join([kind, *([args.task] if args.task != "asr" else []), str(args.seed)])
+    args.name = args.name or "-".join([kind, *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 240 if args.control_batches is None else args.control_batches
+    args.control_batches = 200 if args.control_batches is None else args.control_batches
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -95,8 +101,14 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: give cpu, cuda or cuda:N")
     if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
+    if args.init and not os.path.exists(os.path.join(args.init, "best.pt")):
+        data.die(f"--init {args.init}: no best.pt in it; give the folder of a finished stage, such as runs/embedded-0/speech")
+    if args.domain != "hard" and (args.data or not args.init):
+        data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
+    if args.teacher_steps and (args.data or args.init):
+        data.die("--teacher-steps: the teacher's sentences are spoken by the synthesiser; leave out --data and --init")
     use_cores(args.workers)
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang)
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain)
     for kept in (MADE, HEARD, AHEAD):
         kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
@@ -330,18 +342,20 @@ def training_targets(corpus):
 
 
 def tokenizer_of(corpus, args):
-    """The tokenizer of the training transcripts, as bytes."""
+    """The tokenizer of the training transcripts, or that of --init, as bytes."""
+    if args.init:
+        return load_model(args.init).tokenizer_bytes
     try:
         return train_tokenizer(training_targets(corpus) + [item["prompt"] for item in corpus.all_texts() if item["prompt"]], args.vocab)
     except RuntimeError as e:
         data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
 
 
-def new_model(corpus, args):
-    """Random weights and a tokenizer of the training texts."""
+def new_model(corpus, args, **shape):
+    """Random weights and a tokenizer of the training texts. shape: of the decoder, where it is not the default."""
     tokenizer = tokenizer_of(corpus, args)
     units = tuple(sorted({unit for item in corpus.all_texts() for unit in corpus.spell(normalize(item["text"]))}))
-    return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size()), tokenizer)
+    return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size(), **shape), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -471,8 +485,11 @@ def stage_plan(stage, args):
 def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
+    if args.init and stage == "speech":
+        return {k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")}
     return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
@@ -480,9 +497,14 @@ def stage_config(stage, args):
             "before": before and stage_config(os.path.basename(before), args)}
 
 
-def check_stages(stages, args):
-    """Ends the program if one of these stages has been run with other settings: before hours go into the first."""
-    for stage in stages:
+def stages_to(last, args):
+    """The stages up to `last`: with --init only from speech on, which then is that model."""
+    return [stage for stage in ORDER[:ORDER.index(last) + 1] if not args.init or stage in ("speech", "control")]
+
+
+def check_stages(args):
+    """Ends the program if a stage has been run with other settings: before hours go into the first."""
+    for stage in stages_to("control", args):
         check_config(os.path.join("runs", args.name, stage), stage_config(stage, args))
 
 
@@ -491,6 +513,8 @@ def run_stage(stage, args, corpus, ahead=()):
     """Trains one stage, or goes on with it, or finds it done. Returns its folder. ahead: keys for `heard` that RL will want."""
     folder, steps, lr, size, stream, fresh, before = stage_plan(stage, args)
     state = open_run(folder, stage_config(stage, args))
+    if args.init and stage == "speech":
+        before, steps = args.init, 0
     if steps == 0 and not state:
         shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt"))
         return folder
@@ -552,6 +576,90 @@ def run_stage(stage, args, corpus, ahead=()):
     return folder
 
 
+# ---------------------------------------------------------------------------------------------- the teacher of RBA
+def teach(args, corpus):
+    """With --teacher-steps: trains RBA's teacher on text dialogues, lets it invent others and gives them to the corpus.
+
+    2509.03526: what is said and how it is answered both come from a teacher LLM. From here on training hears nothing else.
+    """
+    if not args.teacher_steps:
+        return
+    folder = os.path.join("runs", args.name, "teacher")
+    keys = ("task", "lang", "seed", "vocab", "teacher_steps", "dialogues")
+    open_run(folder, {k: getattr(args, k) for k in keys})
+    path = os.path.join(folder, "dialogues.jsonl")
+    if not os.path.exists(path):
+        torch.manual_seed(args.seed * 10 + 6)
+        device = pick_device(args.device)
+        use_cores(0)
+        model = new_model(corpus, args, **TEACHER).to(device)
+        opts = optimizers(model, list(model.llm.parameters()), 2e-3, args.muon)
+        for step in (bar := tqdm(range(args.teacher_steps), desc="teacher ")):
+            loss = dialogue_loss(model, corpus.texts("text", step, 64), device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.llm.parameters(), 1.0)
+            step_all(opts, cosine(step, args.teacher_steps, warmup=max(1, args.teacher_steps // 10)))
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+        found, drawn = {}, 0
+        with tqdm(total=args.dialogues, desc="dialogues") as bar:
+            while len(found) < args.dialogues:
+                for d in invent(model, 256, args.max_new):
+                    found.setdefault((d["prompt"], d["text"]), d)
+                drawn += 256
+                bar.update(min(len(found), args.dialogues) - bar.n)
+                if drawn > 100 * args.dialogues:
+                    data.die(f"{folder}: of {drawn} dialogues {len(found)} were usable and new; give more --teacher-steps or fewer --dialogues")
+        with open(path + ".tmp", "w") as f:
+            f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in list(found.values())[:args.dialogues])
+        os.replace(path + ".tmp", path)
+        use_cores(args.workers)
+    with open(path) as f:
+        corpus.dialogues = [json.loads(line) for line in f]
+
+
+def dialogue_loss(model, items, device):
+    """Nats a token of <User> | <BOS> instruction <S-BOS> what is said <System> <BOS> answer <EOS>, the bar's right side."""
+    texts = [[normalize(item[k] or INSTRUCTION) for item in items] for k in ("prompt", "text", "target")]
+    rows = [[*a, S_BOS, *b, SYSTEM, BOS, *c, EOS] for a, b, c in zip(*map(model.tokenizer.encode, texts))]
+    targets, n = right_pad(rows, device)
+    logp, _ = model.token_logps(targets, user_turns(model, [[]] * len(rows), device))
+    return -(logp * length_mask(n, targets.shape[1])).sum() / n.sum()
+
+
+def user_turns(model, rows, device):
+    """Prompts <User> row, for lists of tokens."""
+    embedded = [model.llm.embed(torch.tensor([USER, *row], device=device)) for row in rows]
+    return model.prefill(left_pad(embedded), torch.tensor([len(x) for x in embedded], device=device))
+
+
+@torch.no_grad()
+def invent(model, n, max_new):
+    """The teacher, given no more than the opening of a user's turn, samples n instructions at temperature 1; those that can
+    be used it answers, greedily. -> items without audio: text, prompt (None for the paper's), target."""
+    device = model.llm.embed.weight.device
+    model.eval()
+    said, length, _ = generate(model, user_turns(model, [[]], device), n, 2 * max_new, 1.0)
+    turns = {}
+    for row, length in zip(said.tolist(), length.tolist()):
+        row = row[:length]
+        if row.count(S_BOS) == row.count(SYSTEM) == 1 and row.index(S_BOS) < row.index(SYSTEM):
+            asked, text = row[:row.index(S_BOS)], row[row.index(S_BOS) + 1:row.index(SYSTEM)]
+            if usable(model.tokenizer.decode(text)) and asked:
+                turns[model.tokenizer.decode(asked), model.tokenizer.decode(text)] = [BOS, *asked, S_BOS, *text, SYSTEM]
+    if not turns:
+        return []
+    answers, length, _ = generate(model, user_turns(model, list(turns.values()), device), 1, max_new, 0.0)
+    ended = answers.gather(1, length[:, None] - 1)[:, 0] == EOS
+    return [{"text": text, "prompt": None if asked == normalize(INSTRUCTION) else asked, "target": answer, "lang": "en"}
+            for (asked, text), answer, end in zip(turns, model.decode(answers, length), ended.tolist()) if end and answer]
+
+
+def usable(text):
+    """What the synthesiser can speak in a breath, and what belongs to no dev or test set."""
+    words = text.split()
+    return 0 < len(words) <= 10 and all(word in data.LEXICON for word in words) and data.split_of(text) == "train"
+
+
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -559,9 +667,9 @@ def main():
     add_arguments(p)
     args = p.parse_args()
     corpus = finish_arguments(args)
-    stages = ORDER[:ORDER.index(args.stage) + 1]
-    check_stages(stages, args)
-    for stage in stages:
+    check_stages(args)
+    teach(args, corpus)
+    for stage in stages_to(args.stage, args):
         print(f"{stage}: {run_stage(stage, args, corpus)}")
 
 

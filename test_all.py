@@ -31,13 +31,13 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import collate, compare, transcribe, wer_interval
+from eval import agreement, collate, compare, draws_of, mean_change, transcribe, wer_interval
 from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
-from grpo import ALGOS, group_advantages, policy_loss, rollout, token_weight
+from grpo import ALGOS, RBA, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
-                   filter_logits, generate, load_tokenizer, train_tokenizer)
+                   filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
 from rewards import REWARDS
 from sft import listen, stage_loss, targets_of, trained_parameters
 
@@ -861,6 +861,9 @@ def test_muon_turns_every_direction_at_the_same_pace():
 
 
 # --------------------------------------------------------------------------------------------------- grpo
+POLICY = [algo for algo in ALGOS if algo not in RBA]  # the policy gradients
+
+
 def loss_case(seed=0, B=3, G=4, T=6):
     """Random log-probabilities, lengths and rewards of N = B * G transcripts."""
     g = torch.Generator().manual_seed(seed)
@@ -906,7 +909,7 @@ def vector_loss(logp, old, ref, lengths, rewards, algo, longest, sign=1):
                        s["beta"], s["eps_low"], s["eps_high"])[0]
 
 
-@pytest.mark.parametrize("algo", list(ALGOS))
+@pytest.mark.parametrize("algo", POLICY)
 def test_loss_against_a_loop_written_from_the_equations(algo):
     """Fault 9: values and gradients, to 1e-6; a loss of zero gradient or of flipped sign is rejected."""
     logp, old, ref, lengths, rewards = loss_case()
@@ -924,7 +927,7 @@ def test_loss_against_a_loop_written_from_the_equations(algo):
     for broken in (vector_loss(*case) * 0, vector_loss(*case, sign=-1)):
         with pytest.raises(AssertionError):
             check(broken)
-    for other in set(ALGOS) - {algo}:  # and each algorithm's loss fails the others' equations
+    for other in set(POLICY) - {algo}:  # and each algorithm's loss fails the others' equations
         with pytest.raises(AssertionError):
             check(vector_loss(*case[:5], other, 9))
 
@@ -1110,7 +1113,7 @@ def test_grpo_wins_a_bandit():
             opt.step()
         return model.token_logps(torch.tensor([[arm]]), prompt_of(model, frames, lengths))[0].exp().item()
 
-    for algo in ALGOS:
+    for algo in POLICY:
         assert play(1, algo) > 0.9
     assert play(-1, "grpo") < 0.05
 
@@ -1163,6 +1166,15 @@ def test_conditions_differ_as_they_say():
     assert rate["ood"] > 1.2 * rate["hard"]
     quiet = {c: np.mean([np.percentile(np.abs(i["audio"]), 10) / np.abs(i["audio"]).max() for i in rows]) for c, rows in items.items()}
     assert quiet["hard"] > 2 * quiet["clean"]
+    said = np.sin(np.arange(16000) / 4).astype(np.float32)
+    said[8000:] = 0                                                            # what ood is made of: only echo outlasts the voice,
+    tail = {c: np.mean([np.abs(data.degrade(said, c, np.random.default_rng(i))[8200:8600]).mean() for i in range(12)])
+            for c in ("far", "pauses")}
+    assert tail["far"] > 1.3 * tail["pauses"]
+    seconds = {c: np.mean([len(data.utterance("test", i, 0, c)["audio"]) for i in range(12)]) for c in ("far", "pauses")}
+    assert seconds["pauses"] > 1.5 * seconds["far"]                            # and only pauses are long
+    voices = [data.Embedded(0, 8).item("voices", i) for i in range(8)]
+    assert len({item["text"] for item in voices[:4]}) == 1 != len({item["text"] for item in voices}) and len({item["speaker"] for item in voices[:4]}) > 1
     assert len(data.LEXICON) >= 100
 
 
@@ -1339,6 +1351,156 @@ def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, 
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", *(["--question", "who is named"] if task == "sqa" else []))
     if task == "sqa":
         assert "--question" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", code=2)
+
+
+def test_dpo_against_a_case_worked_by_hand():
+    """One pair: y_w of two tokens at -1 each, y_l of one at -3, under the reference -2 each and -2; beta 0.5.
+    The margin is 0.5 * ((-2 + 4) - (-3 + 2)) = 1.5, the loss log(1 + e^-1.5) = 0.20141; its gradient on a token of y_w
+    -0.5 / (1 + e^1.5) = -0.09121, on y_l's the opposite. Without a reference the margin is 0.5 * (-2 + 3) = 0.5: 0.47408; the
+    teacher's two tokens at -0.5 and -1.5 add 0.2 * 1."""
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
+    ref = torch.tensor([[-2.0, -2.0], [-2.0, -9.0], [-5.0, -5.0]])
+
+    def check(loss):
+        logp = torch.tensor([[-1.0, -1.0], [-3.0, -7.0], [-0.5, -1.5]], requires_grad=True)
+        value = loss(logp, ref, mask, 0.5)
+        assert abs(float(value) - 0.201413) < 1e-5
+        value.backward()
+        assert torch.allclose(logp.grad, torch.tensor([[-0.091213, -0.091213], [0.091213, 0.0], [0.0, 0.0]]), atol=1e-5)
+        assert abs(float(loss(logp, None, mask, 0.5, 0.2)) - (0.474077 + 0.2)) < 1e-5
+
+    check(dpo_loss)
+    swapped = lambda logp, ref, mask, *a: dpo_loss(*(x if x is None else x[[1, 0, 2]] for x in (logp, ref, mask)), *a)
+    unmasked = lambda logp, ref, mask, *a: dpo_loss(logp, ref, torch.ones_like(mask), *a)
+    for broken in (swapped, unmasked):
+        with pytest.raises(AssertionError):
+            check(broken)
+
+
+def test_dpo_gradient_against_a_loop():
+    """Several pairs at once, gradients too."""
+    torch.manual_seed(0)
+    logp, ref = -torch.rand(12, 5) - 0.1, -torch.rand(12, 5) - 0.1
+    n = torch.randint(1, 6, (12,))
+    mask = torch.arange(5) < n[:, None]
+    for with_ref, ce in ((True, 0.0), (False, 0.3)):
+        x, y = logp.clone().requires_grad_(), logp.clone().requires_grad_()
+        dpo_loss(x, ref if with_ref else None, mask, 0.3, ce).backward()
+        loss = 0
+        for i in range(0, 12, 3):
+            won, lost = (sum(y[j, t] - (ref[j, t] if with_ref else 0) for t in range(n[j])) for j in (i, i + 1))
+            loss = loss + torch.log(1 + torch.exp(-0.3 * (won - lost))) - ce * sum(y[i + 2, t] for t in range(n[i + 2])) / n[i + 2]
+        loss.backward()
+        assert torch.allclose(x.grad, y.grad, atol=1e-6)
+
+
+def test_rba_pairs_are_of_one_instruction():
+    """Group: best against worst of the four voices of the same instruction, about the worst one's speech; Single: teacher against sample."""
+    tokens = torch.arange(10, 18)[:, None].repeat(1, 2)
+    n, targets, target_n = torch.full((8,), 2), torch.arange(50, 58)[:, None].repeat(1, 3), torch.full((8,), 3)
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.4, 0.4, 0.4, 0.4])
+
+    def check(make):
+        rows, lengths, x, differ = make(tokens, n, targets, target_n, scores, "rba_group")
+        assert rows[:, 0].tolist() == [11, 10, 50, 14, 14, 54] and lengths.tolist() == [2, 2, 3] * 2 and rows[0, 2] == 0
+        assert x.tolist() == [0, 4] and differ.tolist() == [True, False]  # the second's answers are as good as each other
+
+    check(rba_pairs)
+    with pytest.raises(AssertionError):  # the wrong way round
+        check(lambda t, n, *rest: rba_pairs(t, n, *rest[:2], -rest[2], rest[3]))
+    rows, lengths, x, differ = rba_pairs(tokens, n, targets[:, :2].clone().index_copy_(0, torch.tensor([3]), tokens[3:4]), n, scores, "rba_single")
+    assert rows[:3, 0].tolist() == [50, 10, 50] and x.tolist() == list(range(8)) and differ.tolist() == [True] * 3 + [False] + [True] * 4
+
+
+def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
+    """What `invent` keeps: a whole dialogue of words that can be spoken, of a sentence that belongs to train, with an answer that ends."""
+    rng = np.random.default_rng(0)
+    train, test = ([data.sentence_in(split, rng, False) for _ in range(6)] for split in ("train", "test"))
+    corpus = data.Embedded(0, task="sqa")
+    model = sft.new_model(corpus, argparse.Namespace(init=None, vocab=300), **sft.TEACHER)
+    encode = lambda asked, text: [*model.tokenizer.encode(asked), S_BOS, *model.tokenizer.encode(text), SYSTEM, EOS]
+    rows = [encode("who is named", text) for text in train[:3] + test] + [encode("who is named", "nothing of the kind"), [EOS],
+            model.tokenizer.encode("no end") + [SYSTEM, S_BOS], encode("", train[4])]
+    told = iter([(right_pad(rows)), None])
+
+    def fake(model, prompt, G, max_new, temperature):
+        first = next(told)
+        if first is not None:
+            return (*first, None)
+        answers = [model.tokenizer.encode("the answer") + [EOS]] * len(prompt.length)
+        answers[1] = answers[1][:-1] + [USER]                                  # cut off
+        return (*right_pad(answers), None)
+
+    monkeypatch.setattr(sft, "generate", fake)
+    found = sft.invent(model, len(rows), 20)
+    assert [d["text"] for d in found] == [train[0], train[2]] and {d["target"] for d in found} == {"the answer"}
+    told = iter([(right_pad(rows)), None])
+    monkeypatch.setattr(sft, "usable", lambda text: True)                      # the control: without the filter test sentences come in
+    assert {d["text"] for d in sft.invent(model, len(rows), 20)} & set(test)
+
+    corpus.dialogues = found * 30                                              # and training speaks those alone, RL in four voices
+    for stream in ("encoder", "grpo"):
+        items = corpus.train_batch(stream, 0, 8)
+        assert {item["text"] for item in items} <= {train[0], train[2]} and {item["target"] for item in items} == {"the answer"}
+    assert len({item["speaker"] for item in items}) > 1 and items[0]["text"] == items[3]["text"]
+    assert {item["target"] for item in corpus.texts("text", 0, 8)} == {"the answer"}
+
+
+def test_rba_in_miniature(tmp_path):
+    """The loop from the teacher's dialogues to the table, in both forms; the table names the rows that are missing."""
+    rng, small = np.random.default_rng(0), [*SMALL, "--task", "sqa", "--reward", "bleu"]
+    items = [data.posed(data.sentence_in("train", rng, False), "sqa", i) for i in range(40)]
+    folder = tmp_path / "runs" / "embedded-sqa-taught-0" / "teacher"
+    folder.mkdir(parents=True)
+    (folder / "dialogues.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert "from SFT to rba_group" in command(tmp_path, "grpo.py", "--algo", "rba_group", *small)
+    command(tmp_path, "grpo.py", "--algo", "rba_single", "--ce", "0.2", "--rl-name", "single-ce", *small)
+    row = json.loads(open(folder.parent / "single-ce" / "metrics.jsonl").readline())
+    assert row["loss"] > 0 and row["zero_variance"] < 1
+    out = command(tmp_path, "eval.py", "--table", "rba", "--seeds", "0", "--test-size", "4")
+    assert "AGREE" in out and "missing: python grpo.py --task sqa --algo rba_single --reward bleu --seed 0" in out
+    assert "RBA-Group " in out and "RBA-Single, CE" in out and "33.0" in out
+    for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"]):
+        assert command(tmp_path, "grpo.py", "--algo", "rba_group", *small, *bad, code=2).count("\n") == 1
+
+
+def test_adaptation_and_its_table(tmp_path):
+    """--init begins with another run's model, --domain gives the audio; Table IV reads both runs."""
+    command(tmp_path, "grpo.py", *SMALL)
+    far = [*SMALL, "--init", "runs/embedded-0/speech", "--domain", "far", "--name", "far-0"]
+    out = command(tmp_path, "grpo.py", *far)
+    assert "far: 3 utterances" in out
+    before, after = (torch.load(tmp_path / "runs" / run / "speech" / "best.pt", weights_only=False)["model"] for run in ("embedded-0", "far-0"))
+    assert all(torch.equal(before[k], after[k]) for k in before) and not (tmp_path / "runs" / "far-0" / "encoder").exists()
+    out = command(tmp_path, "eval.py", "--table", "4", "--seeds", "0", "--test-size", "3")
+    assert "87.88" in out and "missing" not in out and "from base" in out
+    out = command(tmp_path, "eval.py", "--table", "2", "--seeds", "0,1", "--test-size", "3")
+    assert "missing: python grpo.py --algo dapo --reward em --seed 0" in out and "(1 of 2 seeds)" in out and "--reward wer --seed 1" in out
+    for bad, argv in (("--init nowhere", ["--init", "nowhere"]), ("--domain far", ["--domain", "far"])):
+        out = command(tmp_path, "grpo.py", *SMALL, *argv, code=2)
+        assert bad in out and out.count("\n") == 1
+    corpus = data.Embedded(0, 3, domain="far")
+    assert [item["condition"] for item in corpus.train_batch("grpo", 0, 2)] == ["far"] * 2 and corpus.item("dev", 0)["condition"] == "far"
+
+
+def test_changes_of_means_are_paired_within_seeds():
+    """Two systems that differ by one error in each of three seeds: an interval of nothing else, and wide where it is not paired."""
+    rng = np.random.default_rng(0)
+    a, b, shuffled = {}, {}, {}
+    for s in range(3):
+        refs = ["one two three four five"] * 60
+        bad = ["one two three four five" if rng.random() < 0.5 else "six" for _ in refs]
+        a[s] = draws_of("asr", refs, bad, s)
+        b[s] = draws_of("asr", refs, [h + " x" if i == 0 else h for i, h in enumerate(bad)], s)
+        shuffled[s] = draws_of("asr", refs, [bad[i] for i in rng.permutation(60)], s)
+
+    def width(x, y):
+        low, high = mean_change(x, y).split("[")[1].rstrip("]").split(", ")
+        return float(high) - float(low)
+
+    assert 0 < width(a, b) < 3 and width(a, shuffled) > 10
+    assert mean_change(a, a).startswith("+0.0% [+0.0, +0.0]")
+    assert agreement(["a b c d"] * 4 + ["a b c d e"] * 4) == 100 and agreement(["a b", "c d", "e f", "g h"]) < 20
 
 
 def test_german_translations_and_answers():
