@@ -913,6 +913,12 @@ def noisy_view(audio, rng, hard=False):
     return degrade(audio, "clean", rng)
 
 
+def name_of(path):
+    """What runs on a recorded corpus are called; "embedded" without one."""
+    folder, name = os.path.split(os.path.normpath(path)) if path else ("", "embedded")
+    return os.path.basename(folder) if name.startswith("manifest.") else name.split(".")[0]
+
+
 def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard"):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances, as a task poses it."""
     return Recorded(path, seed, task, lang) if path else Embedded(seed, test_size, task, domain)

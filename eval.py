@@ -377,7 +377,8 @@ def agreement(hyps):
 
 
 def kept_transcripts(folder, name, n, ears):
-    """References and transcripts of a stage on a set, NAME or NAME@DATA: those that its run left there, or made and left now.
+    """References and transcripts of a stage on a set, NAME of the run's own data, NAME@PATH or NAME@embedded: those that are there
+    already, or made and left there now.
 
     ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
     """
@@ -385,13 +386,14 @@ def kept_transcripts(folder, name, n, ears):
     file = os.path.join(folder, f"{name}{'-' + os.path.basename(path) if path else ''}.hyps.json")
     if os.path.exists(file):
         found = json.loads(Path(file).read_text())
-        if path or len(found["refs"]) == n:
+        if path not in ("", "embedded") or len(found["refs"]) == n or json.loads(Path(folder, "config.json").read_text())["data"]:
             return found["refs"], found["hyps"]
     config = json.loads(Path(folder, "config.json").read_text())
     model = load_model(folder, pick_device())
     key = os.path.dirname(folder), name, path
     if key not in ears:
-        corpus = data.open_corpus(path or config["data"], config["seed"], n, config["task"], config["lang"])
+        source = None if path == "embedded" else path or config["data"]
+        corpus = data.open_corpus(source, config["seed"], n, config["task"], config["lang"])
         ears[key] = hear_set(model, corpus, name)
     refs = [item["target"] for item in ears[key]]
     hyps = transcribe(model, ears[key], max_new=config.get("max_new", 64))
@@ -399,37 +401,56 @@ def kept_transcripts(folder, name, n, ears):
     return refs, hyps
 
 
+def on_recorded(table, path, flags, lang):
+    """A table's rows on recorded speech: other runs, its test sets, and nothing of the paper's to put beside them."""
+    kind, extra = data.name_of(path), f"--data {path} {flags}".rstrip()
+    sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
+    rows = [row(label, folder.replace("embedded", kind), f"{args} {extra}") for label, folder, args, _ in table["rows"]]
+    if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
+        sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
+        rows = [row(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
+                for label, folder, args, _ in table["rows"]]
+    return {**table, "rows": rows, "sets": sets}
+
+
+def finished(folder):
+    """Whether a stage has come to its end: a checkpoint that was best so far is there before."""
+    if not os.path.exists(os.path.join(folder, "best.pt")):
+        return False
+    steps = json.loads(Path(folder, "config.json").read_text()).get("steps")  # none for --init
+    return not steps or json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])["step"] == steps
+
+
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist; what is missing is named with its command, or run."""
     table, seeds = TABLES[args.table], args.seeds.split(",")
-    commands = {}  # of what is missing
-    for _, folder, flags, _ in table["rows"]:
-        for s in seeds:
-            if not os.path.exists(os.path.join("runs", folder.format(s=s), "best.pt")):
-                commands[f"grpo.py {flags.format(s=s)} --seed {s}"] = None
-    if args.run and commands:
-        print(f"{len(commands)} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
-        for command in tqdm(commands, desc="runs"):
+    if args.data:
+        table = on_recorded(table, args.data, args.flags, args.lang)
+    missing = {f"grpo.py {flags.format(s=s)} --seed {s}": None for s in seeds for _, folder, flags, _ in table["rows"]
+               if not finished(os.path.join("runs", folder.format(s=s)))}
+    if args.run and missing:
+        print(f"{len(missing)} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
+        for command in tqdm(missing, desc="runs"):
             done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-        commands = {}
+        missing = {}
     print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}, changes of the means with 95% paired bootstrap intervals")
     ears, asr = {}, table["task"] == "asr"
     columns = ("wer", "ins", "del", "sub") if asr else ("bleu", *TEXT_METRICS)
-    for name, of in table["sets"].items():
-        if "@" in name and not os.path.exists(name.split("@")[1]):
+    for at, (name, of) in enumerate(table["sets"].items()):
+        if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
             print(f"\n{name}: not on this machine, left out")
             continue
         extra = ("agree",) if name == "voices" else ()
-        print(f"\n{name:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
+        print(f"\n{name.split('/')[-1]:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
               + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
         seen = {}
         for label, folder, _, paper in table["rows"]:
             figures, drawn = [], {}
             for s in seeds:
                 path = os.path.join("runs", folder.format(s=s))
-                if os.path.exists(os.path.join(path, "best.pt")):
+                if finished(path):
                     refs, hyps = kept_transcripts(path, name, args.test_size, ears)
                     entry = summary(count_errors(refs, hyps)) if asr else text_summary(refs, hyps)
                     figures.append([entry[c] for c in columns] + [agreement(hyps) for _ in extra])
@@ -438,10 +459,9 @@ def print_paper_table(args):
                        for base in table["bases"]]
             seen[label] = drawn
             cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(columns) + len(extra))
-            at = list(table["sets"]).index(name)
             few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
             print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[at] if at < len(paper) else ''}{few}")
-    for command in commands:
+    for command in missing:
         print(f"missing: python {command}")
 
 
@@ -451,6 +471,8 @@ def main():
     p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
     p.add_argument("--table", choices=TABLES, help="print the miniature of a paper's table from the runs that exist")
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
+    p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
+    p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")

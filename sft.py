@@ -89,9 +89,7 @@ def add_arguments(p):
 def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     args.data = os.path.abspath(args.data) if args.data else None
-    folder, kind = os.path.split(args.data or "embedded")
-    kind = os.path.basename(folder) if kind.startswith("manifest.") else kind.split(".")[0]
-    args.name = args.name or "-".join([kind, *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
+    args.name = args.name or "-".join([data.name_of(args.data), *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     args.control_batches = 200 if args.control_batches is None else args.control_batches
     for key, value in vars(args).items():
