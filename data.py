@@ -490,8 +490,8 @@ def reverberate(audio, rng):
 @functools.lru_cache(maxsize=2)
 def babble_tracks(seed=0):
     """Tracks of one talker each, 8 s, to mix babble from: float32 (24, n). Training sentences in voices that
-    speak nowhere else. Built once for a seed, in about half a second."""
-    rng, n = np.random.default_rng([seed, 7]), 8 * SAMPLE_RATE
+    speak nowhere else. Built once for a seed (a number, or a tuple of them), in about half a second."""
+    rng, n = np.random.default_rng([*np.atleast_1d(seed), 7]), 8 * SAMPLE_RATE
     tracks = np.zeros((24, n), np.float32)
     for track in tracks:
         talker, at = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), 0
@@ -529,10 +529,10 @@ def degrade(audio, condition, rng, babble=None):
     elif condition == "hard":
         audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
     elif condition in ("ood", *OOD_PARTS):
-        tracks = babble_tracks() if babble is None else babble
         kind = rng.choice(3, p=(0.45, 0.25, 0.3)) if condition == "ood" else int(condition != "babble")  # babble, noise, both
         noise = np.zeros(n, np.float32)
         if kind != 1:
+            tracks = babble_tracks() if babble is None else babble
             for k in rng.choice(len(tracks), rng.integers(3, 7), replace=False):
                 noise += np.resize(np.roll(tracks[k], rng.integers(tracks.shape[1])), n)
             noise /= noise.std()
@@ -562,18 +562,18 @@ def posed(text, task, which):
     return pose({"text": text, "lang": "en", "translation": {"de": german(text)}, "question": question, "answer": answer}, task)
 
 
-def utterance(split, index, seed=0, condition=None, task="asr", said=None):
+def utterance(split, index, seed=0, condition=None, task="asr", said=None, speaker=None):
     """Item `index` of `split` ("train", "dev", "test"): a dict of id, audio float32 (n,), text, lang, speaker, condition,
     translation, question, answer, prompt and target (see `pose`). The same arguments give the same item; indices never run out.
     condition: one of CONDITIONS; None is hard with probability HARD_SHARE, else clean. ood speaks the
     test split's sentences in voices of its own, so only split test may ask for it (AssertionError).
-    said: an item without audio that this voice is to speak, instead of a sentence of the voice's own."""
+    said: an item without audio that is to be spoken, instead of a sentence drawn; speaker: number of a voice, likewise."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index, CONDITIONS.index(condition)])
     if condition is None:
         condition = "hard" if rng.random() < HARD_SHARE else "clean"
     assert condition != "ood" or split == "test", "ood is never trained on: it belongs to split test"
     pool = "ood" if condition == "ood" else split
-    k = int(rng.integers(VOICES[pool]))
+    k = int(rng.integers(VOICES[pool])) if speaker is None else speaker
     talker = speaker_voice(pool, k, condition)
     while True:
         text = said["text"] if said else sentence_in(split, rng, condition != "clean", task)
@@ -585,9 +585,10 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None):
             if rng.random() < p:
                 pauses[place] += rng.uniform(*stretch)
         audio = synthesise(text, talker, rng, pauses)
-        if len(audio) <= MAX_SECONDS * SAMPLE_RATE:
+        if len(audio) <= MAX_SECONDS * SAMPLE_RATE or said:
             break
-    audio = degrade(audio, condition, rng, babble_tracks(seed) if condition in ("ood", "babble") else None)
+    tracks = babble_tracks(seed if split == "test" else (seed, 1)) if condition in ("ood", "babble") else None
+    audio = degrade(audio, condition, rng, tracks)
     return dict(said or posed(text, task, index), id=f"{split}-{condition}-{seed}-{index}", audio=audio,
                 speaker=f"{pool}-{k:03d}", condition=condition)
 
@@ -613,13 +614,15 @@ class Embedded:
         self.kept = {}
 
     def item(self, name, i):
-        """Utterance i of a set, with its audio. Dev is half clean, half hard; `voices` says each hard sentence in 4 voices."""
+        """Utterance i of a set, with its audio. Dev is half clean, half hard; `voices` says each sentence in TAKES voices, clean."""
         if name == "dev":
             condition = ("hard", "clean")[i % 2] if self.domain == "hard" else self.domain
             return utterance("dev", i, self.seed, condition, self.task)
         if name == "voices":
-            text = sentence_in("test", np.random.default_rng([self.seed, 8, i // TAKES]), True, self.task)
-            return utterance("test", 10**6 + i, self.seed, "hard", self.task, posed(text, self.task, i // TAKES))
+            rng = np.random.default_rng([self.seed, 8, i // TAKES])
+            said = posed(sentence_in("test", rng, True, self.task), self.task, i // TAKES)
+            speaker = int(rng.permutation(VOICES["test"])[i % TAKES])
+            return utterance("test", 10**6 + i, self.seed, "clean", self.task, said, speaker)
         return utterance("test", i, self.seed, name, self.task)
 
     def dialogue(self, stream, number):
@@ -632,7 +635,7 @@ class Embedded:
         return self.dialogues[(STREAMS[stream] * 7919 + number) % first]
 
     def train_batch(self, stream, k, size):
-        """Batch k of a stream: utterances that no other stream holds and that never come again in this one."""
+        """Batch k of a stream: utterances that no other stream holds and that never come again in this one (dialogues do, in other voices)."""
         group = k // GROUP
         if (stream, group, size) not in self.kept:
             first = STREAMS[stream] * 10**7 + group * GROUP * size
@@ -660,7 +663,7 @@ class Embedded:
 
     def all_texts(self):
         """Items enough to hold every word and phone."""
-        return self.texts("text", 0, 4000)
+        return self.dialogues or self.texts("text", 0, 4000)
 
     def dev_texts(self):
         """Items of dev, without audio."""

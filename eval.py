@@ -264,11 +264,12 @@ def print_table(name, task, refs, hyps, bases=()):
     return entry
 
 
-def keep_transcripts(folder, name, refs, hyps):
-    """Writes one model's transcripts of a test set to folder/NAME.hyps.json: what the tables of the papers are made of."""
+def keep_transcripts(folder, name, source, refs, hyps):
+    """Writes one model's transcripts of a test set to folder/NAME.hyps.json: what the tables of the papers are made of.
+    source: the path of the recorded corpus, None for the embedded one."""
     path = os.path.join(folder, f"{name}.hyps.json")
     with open(path + ".tmp", "w") as f:
-        json.dump({"refs": refs, "hyps": hyps}, f, indent=0)
+        json.dump({"data": source and os.path.abspath(source), "refs": refs, "hyps": hyps}, f, indent=0)
     os.replace(path + ".tmp", path)
 
 
@@ -282,22 +283,20 @@ def row(label, folder, flags="", *paper):
 
 
 def chain(run, flags, *paper):
-    """The rows that every table begins with: SFT, and SFT continued for as long as RL took, which the papers do not have."""
+    """The rows to compare with: SFT, and SFT continued for as long as RL took, which the papers do not have."""
     return [row("SFT", f"{run}/speech", flags, *paper), row("SFT continued", f"{run}/control", flags)]
 
 
-E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"
-BLEU = "--task {t} --reward bleu"
-SPOKEN = {  # LibriSQA and CoVoST2 2B of 2509.16990; METEOR and ROUGE are in FACTS.md
-    "sqa": ("27.74", "40.88", "44.90"), "ast": ("29.06", "30.50", "31.47")}
+E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"  # runs: plain, SQA, AST, RBA
+IBM = "--task {t} --algo ibm -G 8 --reward "
 
 
-def spoken_table(task, run):
-    """SQA's and AST's tables have the same rows."""
-    flags, (base, sft, grpo) = BLEU.format(t=task), SPOKEN[task]
+def spoken_table(task, run, of, base, sft, grpo):
+    """SQA's and AST's tables have the same rows; base, sft and grpo are the paper's figures, on its test set `of`."""
+    flags = IBM.format(t=task) + "bleu"
     return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", bases=("SFT", "SFT continued"),
-                sets={"clean": "LibriSQA I" if task == "sqa" else "CoVoST2 En-De", "hard": "", "ood": ""}, rows=[
-        row("base", f"{run}/read", flags, base), *chain(run, flags, sft), row("GRPO (BLEU)", f"{run}/grpo-bleu", flags, grpo),
+                sets={"clean": of, "hard": "", "ood": ""}, rows=[
+        row("before speech", f"{run}/read", flags, base), *chain(run, flags, sft), row("GRPO (BLEU)", f"{run}/ibm-bleu", flags, grpo),
         row("MP-GRPO", f"{run}/mp", f"{flags} --off-policy reference --rl-name mp"),
         row("MP-GRPO, shaped", f"{run}/mp-shaped", f"{flags} --off-policy reference --shaping 0.1 --rl-name mp-shaped"),
         row("MP-GRPO, duplicate", f"{run}/mp-duplicate", f"{flags} --off-policy duplicate --rl-name mp-duplicate")])
@@ -305,7 +304,7 @@ def spoken_table(task, run):
 
 # sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with.
 TABLES = {
-    "2": dict(task="asr", title="Table II of 2509.01939 (2B), WER", bases=("SFT", "SFT continued"),
+    "2": dict(task="asr", title="Table II of 2509.01939 (2B), WER (here beta 0 but where it is named; DAPO with dynamic sampling)", bases=("SFT", "SFT continued"),
               sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all"}, rows=[
         *chain(E, "--reward wer", "5.48", "23.5", "10.12"),
         row("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
@@ -329,36 +328,37 @@ TABLES = {
         row("base", f"{E}/speech", "--reward wer", "87.88", "4.83", "7.92"),
         *(row(label, f"far-{{s}}/{stage}", f"--reward wer --init runs/{E}/speech --domain far --name far-{{s}}", *paper) for label, stage, *paper
           in [("SFT", "control", "44.34", "6.91", "9.80"), ("GRPO (WER)", "grpo-wer", "31.98", "6.59", "9.10")])]),
-    "sqa": spoken_table("sqa", Q),
-    "ast": spoken_table("ast", T),
-    "rewards": dict(task="sqa", title="Reward choice, 2509.16990 (2B, LibriSQA), BLEU/R-1/R-2/R-L/METEOR", bases=("SFT",),
-                    sets={"hard": "LibriSQA I"}, rows=[
-        *chain(Q, BLEU.format(t="sqa"), "40.88/65.1/49.1/61.5/64.6"),
-        *(row(f"GRPO ({reward})", f"{Q}/grpo-{reward}", f"--task sqa --reward {reward}", paper) for reward, paper in
+    "sqa": spoken_table("sqa", Q, "LibriSQA I", "27.74", "40.88", "44.90"),
+    "ast": spoken_table("ast", T, "CoVoST2 En-De", "29.06", "30.50", "31.47"),
+    "rewards": dict(task="sqa", title="Reward choice, 2509.16990 (2B), BLEU/R-1/R-2/R-L/METEOR", bases=("SFT",),
+                    sets={"clean": "LibriSQA I", "hard": ""}, rows=[
+        *chain(Q, IBM.format(t="sqa") + "bleu", "40.88/65.1/49.1/61.5/64.6"),
+        *(row(f"GRPO ({reward})", f"{Q}/ibm-{reward}", IBM.format(t="sqa") + reward, paper) for reward, paper in
           [("bleu", "44.9/68.6/53.4/64.9/68.5"), ("rouge1", "38.8/68.9/53.5/64.8/60.7"), ("rouge2", "37.8/68.6/54.2/65.3/58.9"),
            ("rougeL", "38.0/68.7/53.8/65.4/59.3"), ("meteor", "37.7/67.0/51.7/62.6/70.3")])]),
-    "rba": dict(task="sqa", title="RBA, 2509.03526: BLEU of En-X, agreement over 4 voices", bases=("SFT", "SFT continued"),
-                sets={"clean": "BLEU, En-X", "hard": "", "voices": "agreement"}, rows=[
+    "rba": dict(task="sqa", title="RBA, 2509.03526", bases=("SFT, teacher's", "SFT continued"),
+                sets={"clean": "BLEU, translation En-X", "hard": "", "voices": "agreement over 4 voices, its own measure"}, rows=[
         *(row(label, f"{R}/{stage}", "--task sqa --algo rba_group --reward bleu", *paper) for label, stage, *paper in
-          [("base", "read", "30.3", "", ".826"), ("SFT, teacher's", "speech", "30.5", "", ".893"), ("SFT continued", "control")]),
-        row("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", ".945"),
+          [("before speech", "read", "30.3", "", "82.6"), ("SFT, teacher's", "speech", "30.5", "", "89.3"), ("SFT continued", "control")]),
+        row("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", "94.5"),
         row("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
         row("RBA-Group, CE", f"{R}/group-ce", "--task sqa --algo rba_group --reward bleu --ce 0.2 --rl-name group-ce"),
         row("RBA-Single, CE", f"{R}/single-ce", "--task sqa --algo rba_single --reward bleu --ce 0.2 --rl-name single-ce")]),
 }
-TABLES["rba"]["bases"] = ("SFT, teacher's", "SFT continued")
 
 
-def draws_of(task, refs, hyps, seed):
-    """What a set is judged by, WER or BLEU, of the transcripts and of 10,000 bootstrap draws of them: one seed, the same draws."""
+def draws_of(task, refs, hyps, seed, group=1):
+    """What a set is judged by, WER or BLEU, of the transcripts and of 10,000 bootstrap draws of them: one seed, the same draws.
+    group: utterances that are drawn together, because they say the same."""
+    together = lambda counts: np.add.reduceat(counts, range(0, len(counts), group))
     if task == "asr":
-        counts = count_errors(refs, hyps)
+        counts = together(count_errors(refs, hyps))
         errors, words = counts[:, :3].sum(1), counts[:, 3]
         statistic = lambda w: 100.0 * (w @ errors) / np.maximum(1, w @ words)
     else:
-        counts = np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
+        counts = together(np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)]))
         statistic = lambda w: np.array([100.0 * bleu_of(c, False) for c in (w @ counts).tolist()])
-    return statistic(np.ones((1, len(refs)), int))[0], resample(statistic, len(refs), seed=seed)
+    return statistic(np.ones((1, len(counts)), int))[0], resample(statistic, len(counts), seed=seed)
 
 
 def mean_change(a, b):
@@ -376,34 +376,37 @@ def agreement(hyps):
     return 100 * float(np.mean([sentence_bleu(a, b) for group in groups for a, b in itertools.permutations(group, 2)]))
 
 
-def kept_transcripts(folder, name, n, ears):
+def kept_transcripts(folder, name, n, ears, device):
     """References and transcripts of a stage on a set, NAME of the run's own data, NAME@PATH or NAME@embedded: those that are there
     already, or made and left there now.
 
     ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
     """
     name, _, path = name.partition("@")
-    file = os.path.join(folder, f"{name}{'-' + os.path.basename(path) if path else ''}.hyps.json")
-    if os.path.exists(file):
-        found = json.loads(Path(file).read_text())
-        if path not in ("", "embedded") or len(found["refs"]) == n or json.loads(Path(folder, "config.json").read_text())["data"]:
-            return found["refs"], found["hyps"]
     config = json.loads(Path(folder, "config.json").read_text())
-    model = load_model(folder, pick_device())
-    key = os.path.dirname(folder), name, path
+    source = None if path == "embedded" else os.path.abspath(path) if path else config["data"]
+    stem = f"{name}-{data.name_of(source)}" if path else name
+    if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
+        found = json.loads(Path(file).read_text())
+        if found["data"] == source and (source or len(found["refs"]) == n):
+            return found["refs"], found["hyps"]
+    model = load_model(folder, device)
+    key = os.path.dirname(folder), name, source
     if key not in ears:
-        source = None if path == "embedded" else path or config["data"]
         corpus = data.open_corpus(source, config["seed"], n, config["task"], config["lang"])
         ears[key] = hear_set(model, corpus, name)
     refs = [item["target"] for item in ears[key]]
-    hyps = transcribe(model, ears[key], max_new=config.get("max_new", 64))
-    keep_transcripts(folder, os.path.basename(file).removesuffix(".hyps.json"), refs, hyps)
+    if "max_new" not in config:  # of the stage read, which never wrote a transcript
+        config = json.loads(Path(folder, "..", "speech", "config.json").read_text())
+    hyps = transcribe(model, ears[key], max_new=config["max_new"])
+    keep_transcripts(folder, stem, source, refs, hyps)
     return refs, hyps
 
 
 def on_recorded(table, path, flags, lang):
     """A table's rows on recorded speech: other runs, its test sets, and nothing of the paper's to put beside them."""
-    kind, extra = data.name_of(path), f"--data {path} {flags}".rstrip()
+    kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
+    extra += f" --lang {lang}" * (table["task"] == "ast")
     sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
     rows = [row(label, folder.replace("embedded", kind), f"{args} {extra}") for label, folder, args, _ in table["rows"]]
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
@@ -424,18 +427,21 @@ def finished(folder):
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist; what is missing is named with its command, or run."""
     table, seeds = TABLES[args.table], args.seeds.split(",")
+    if args.data and args.table == "rba":
+        data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
     if args.data:
         table = on_recorded(table, args.data, args.flags, args.lang)
-    missing = {f"grpo.py {flags.format(s=s)} --seed {s}": None for s in seeds for _, folder, flags, _ in table["rows"]
-               if not finished(os.path.join("runs", folder.format(s=s)))}
-    if args.run and missing:
-        print(f"{len(missing)} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
-        for command in tqdm(missing, desc="runs"):
-            done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True)
+    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.format(s=s)} --seed {s}" for s in seeds for _, folder, flags, _ in table["rows"]
+                                         if not finished(os.path.join("runs", folder.format(s=s)))))
+    if args.run and missing():
+        print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
+        for command in tqdm(missing(), desc="runs"):
+            script, *flags = shlex.split(command)
+            done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-        missing = {}
-    print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}, changes of the means with 95% paired bootstrap intervals")
+    print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}. Changes are of the means, with the 95% interval of a paired\n"
+          "bootstrap over utterances: what another seed of training would change is not in it")
     ears, asr = {}, table["task"] == "asr"
     columns = ("wer", "ins", "del", "sub") if asr else ("bleu", *TEXT_METRICS)
     for at, (name, of) in enumerate(table["sets"].items()):
@@ -443,7 +449,8 @@ def print_paper_table(args):
             print(f"\n{name}: not on this machine, left out")
             continue
         extra = ("agree",) if name == "voices" else ()
-        print(f"\n{name.split('/')[-1]:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
+        title = name.split("@")[0] + (f" of {data.name_of(name.split('@')[1])}" if "@" in name else "")
+        print(f"\n{title:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
               + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
         seen = {}
         for label, folder, _, paper in table["rows"]:
@@ -451,17 +458,18 @@ def print_paper_table(args):
             for s in seeds:
                 path = os.path.join("runs", folder.format(s=s))
                 if finished(path):
-                    refs, hyps = kept_transcripts(path, name, args.test_size, ears)
+                    refs, hyps = kept_transcripts(path, name, args.test_size, ears, pick_device(args.device))
                     entry = summary(count_errors(refs, hyps)) if asr else text_summary(refs, hyps)
                     figures.append([entry[c] for c in columns] + [agreement(hyps) for _ in extra])
-                    drawn[s] = draws_of(table["task"], refs, hyps, int(s))
+                    recorded = args.data or "@" in name and "embedded" not in name  # every seed has the same utterances there
+                    drawn[s] = draws_of(table["task"], refs, hyps, 0 if recorded else int(s), data.TAKES if extra else 1)
             changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
                        for base in table["bases"]]
             seen[label] = drawn
             cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(columns) + len(extra))
             few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
             print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[at] if at < len(paper) else ''}{few}")
-    for command in missing:
+    for command in missing():
         print(f"missing: python {command}")
 
 

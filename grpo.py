@@ -1,4 +1,4 @@
-"""The teacher: GRPO, DAPO and Dr. GRPO on a speech language model, with rewards as simple as the word error rate.
+"""The last stage: GRPO, DAPO and Dr. GRPO on a speech language model, with rewards as simple as the word error rate.
 
     python grpo.py --reward wer                     # everything from nothing: corpus, SFT, GRPO, control, the table
     python grpo.py --reward em --algo dr_grpo       # reuses the stages that are done, starts at RL
@@ -11,9 +11,9 @@ For each utterance q the model writes G transcripts o_1 .. o_G, a reward R_i sco
 transcripts that did better than their group become likelier (DeepSeekMath, 2402.03300; for speech 2509.01939):
 
     Eq. 3   J = sum_i sum_t w_it { min(r_it A_i, clip(r_it, 1 - eps_low, 1 + eps_high) A_i) - beta k3_it }
-    Eq. 4   r_it = pi_theta(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
-    Eq. 5   A_i = (R_i - mean R) / std R                 over the group; Dr. GRPO (2503.20783) leaves the std out
-    Eq. 6   k3_it = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1      against the frozen SFT model
+    Eq. 4   A_i = (R_i - mean R) / std R                 over the group; Dr. GRPO (2503.20783) leaves the std out
+    Eq. 5   k3_it = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1      against the frozen SFT model
+    Eq. 6   r_it = pi_theta(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)
 
     --loss-norm   w_it
     sequence      1 / (G len_i)             GRPO: every transcript weighs the same
@@ -29,13 +29,14 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
                   loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
     rba_group     one sample for each of 4 voices of an instruction; y_w is the best by --reward, against the teacher's answer, y_l the
                   worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
-    rba_single    y_w is the teacher's answer, y_l a sample. With --ce X no reference model, but X times the teacher's cross entropy
+    rba_single    y_w is the teacher's answer, y_l a sample
+    --ce X        in both: no reference model, but X times the cross entropy of the teacher's answer, nats a token
 
 (The mean over utterances as well, in the first and third; all counts are over the whole optimiser step. Beam hypotheses,
 --rollout beam, are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. Only with
 --updates above 1 can r differ from 1, and the clip act; what is logged is then the last update's.)
 
-The logged loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group sum to
+A policy gradient's logged loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group sum to
 0, so what is left of it is beta k3 (and, with token or constant weights, the advantages' correlation with length). Its
 gradient is not zero. Watch the reward, not the loss.
 
@@ -58,11 +59,13 @@ from eval import autocast, hear_set, keep_transcripts, load_model, pick_device, 
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
-# GRPO's beta: 0.04 in 2509.01939 "when used"; its runs without the KL are no worse, and save the reference's forward pass.
+# GRPO's beta: 0.04 in 2509.01939 "when used"; without the KL its runs do not diverge, and save the reference's forward pass.
+# Dynamic sampling is DAPO's own (2503.14476); what 2509.01939 calls DAPO goes without, --no-dynamic-sampling.
 ALGOS = {
     "grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False),
     "dapo": dict(beta=0.0, eps_low=0.2, eps_high=0.28, loss_norm="token", std=True, dynamic_sampling=True),
     "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
+    "ibm": dict(beta=0.02, eps_low=0.2, eps_high=0.2, loss_norm="token", std=True, dynamic_sampling=False),  # 2509.16990; its G is 8
     # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
     **dict.fromkeys(("rba_group", "rba_single"), dict(beta=0.1, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=False,
                                                       dynamic_sampling=False)),
@@ -74,7 +77,7 @@ AHEAD_MOST = 500  # of RL's batches, those heard during SFT (on a CPU) or kept f
 
 # ---------------------------------------------------------------------------------------------- the method
 def group_advantages(rewards, std=True):
-    """Eq. 5: rewards (B, G) -> advantages (B, G) and which groups vary, (B,) bool.
+    """Eq. 4: rewards (B, G) -> advantages (B, G) and which groups vary, (B,) bool.
 
     A group of equal rewards has advantage 0, told by max - min: its fp32 std need not be 0 (eight times 0.9: 6e-8).
     The papers do not say which std: this is the sample's (G - 1), plus 1e-4.
@@ -94,7 +97,7 @@ def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_hig
     off (N,): true for references that stand in for samples (MP-GRPO); None for none.
     """
     A = advantages[:, None]
-    ratio = (logp - old).masked_fill(~mask, 0.0).exp()                         # Eq. 4 (N, T)
+    ratio = (logp - old).masked_fill(~mask, 0.0).exp()                         # Eq. 6 (N, T)
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
     if off is not None:
         p = logp.masked_fill(~mask, 0.0).exp()
@@ -103,37 +106,37 @@ def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_hig
     gain = torch.minimum(ratio * A, clipped * A)
     if beta:
         gap = (ref - logp).masked_fill(~mask, 0.0)  # masked before exp: padding could overflow
-        gain = gain - beta * (gap.exp() - gap - 1)                             # Eq. 6
+        gain = gain - beta * (gap.exp() - gap - 1)                             # Eq. 5
     held = ((clipped - ratio) * A < 0) & mask
     return -(gain * mask * weight).sum(), held.sum()
 
 
-def dpo_loss(logp, ref, mask, beta, ce=0.0):
-    """DPO's loss summed over pairs: rows of logp, ref and mask (3 B, T) are y_w, y_l and the teacher's answer, of each x in turn.
+def dpo_loss(logp, ref, mask, differ, beta, ce=0.0):
+    """DPO's loss summed over P pairs: rows of logp, ref and mask (2 P, T) or (3 P, T) are y_w and y_l of each x in turn, and the
+    teacher's answer where it is neither. differ (P,): 0 for pairs of equals, which only the cross entropy learns from.
 
-    ref None stands for no reference model; ce is the weight of the teacher's cross entropy, nats a token."""
-    total = (logp * mask).sum(1).view(-1, 3)                                   # (B, 3)
-    gap = total if ref is None else total - (ref * mask).sum(1).view(-1, 3)
-    loss = -F.logsigmoid(beta * (gap[:, 0] - gap[:, 1]))                       # (B,)
-    return (loss - ce * total[:, 2] / mask.sum(1).view(-1, 3)[:, 2]).sum()
+    ref None stands for no reference model; ce is the weight of the cross entropy of the teacher's answer, in nats a token."""
+    total, n = ((logp * mask).sum(1).view(len(differ), -1), mask.sum(1).view(len(differ), -1))  # (P, 2 or 3)
+    gap = total if ref is None else total - (ref * mask).sum(1).view(total.shape)
+    loss = -F.logsigmoid(beta * (gap[:, 0] - gap[:, 1])) * differ              # (P,)
+    teacher = 2 if total.shape[1] == 3 else 0
+    return (loss - ce * total[:, teacher] / n[:, teacher]).sum()
 
 
-def rba_pairs(tokens, n, targets, target_n, scores, how):
-    """One sample an utterance, tokens (B, T), n (B,), scores (B,), and the teacher's answers -> rows y_w, y_l, teacher's of each
-    pair (3 P, T), their lengths (3 P,), whose speech the pairs are about (P,), which pairs differ (P,)."""
+def rba_pairs(tokens, n, targets, target_n, scores, args):
+    """One sample an utterance, tokens (B, T), n (B,), scores (B,), and the teacher's answers -> for each pair y_w, y_l and, for
+    --ce in rba_group, the teacher's answer (P, 2 or 3, T); their lengths; whose speech they are about (P,); which differ (P,)."""
     T = max(tokens.shape[1], targets.shape[1])
     tokens, targets = (F.pad(x, (0, T - x.shape[1]), value=PAD) for x in (tokens, targets))
-    if how == "rba_single":
-        x = torch.arange(len(n), device=n.device)
-        rows, lengths = torch.stack([targets, tokens, targets], 1), torch.stack([target_n, n, target_n], 1)
-        differ = (tokens != targets).any(1)
-    else:
-        scores = scores.view(-1, data.TAKES)
-        first = torch.arange(len(scores), device=n.device) * data.TAKES
-        best, x = first + scores.argmax(1), first + scores.argmin(1)           # (P,)
-        rows, lengths = torch.stack([tokens[best], tokens[x], targets[x]], 1), torch.stack([n[best], n[x], target_n[x]], 1)
-        differ = scores.amax(1) - scores.amin(1) > 1e-6
-    return rows.view(-1, T), lengths.flatten(), x, differ
+    if args.algo == "rba_single":
+        return torch.stack([targets, tokens], 1), torch.stack([target_n, n], 1), torch.arange(len(n), device=n.device), scores < 1 - 1e-6
+    scores = scores.view(-1, data.TAKES)
+    first = torch.arange(len(scores), device=n.device) * data.TAKES
+    best, x = first + scores.argmax(1), first + scores.argmin(1)               # (P,)
+    rows, lengths = [tokens[best], tokens[x]], [n[best], n[x]]
+    if args.ce:
+        rows, lengths = [*rows, targets[x]], [*lengths, target_n[x]]
+    return torch.stack(rows, 1), torch.stack(lengths, 1), x, scores.amax(1) - scores.amin(1) > 1e-6
 
 
 def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
@@ -190,28 +193,30 @@ def gather_rollouts(model, supply, args, device, log):
 
     With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
     """
-    parts, rewards_, cut, kept_total = [], [], [], 0
+    parts, rewards_, lengths_, cut, groups, kept_total = [], [], [], [], 0, 0
     for draw in range(args.max_draws if args.dynamic_sampling else 1):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
-            tokens, n, rewards, _ = rollout(model, frames, lengths, items, args.reward, args)
-        cut.append(tokens.gather(1, n[:, None] - 1) != EOS)  # no room left for its <EOS>
+            tokens, n, rewards, hyps = rollout(model, frames, lengths, items, args.reward, args)
+        own = args.G - (args.off_policy == "reference")  # what is logged is about samples alone
+        rewards_.append(rewards[:, :own])
+        lengths_.append(n.view(-1, args.G)[:, :own].flatten())
+        cut.append(tokens.gather(1, n[:, None] - 1).view(-1, args.G)[:, :own] != EOS)  # no room left for its <EOS>
         if args.algo in RBA:
             targets = sft.targets_of(model, [item["target"] for item in items], device)
-            tokens, n, x, varied = rba_pairs(tokens, n, *targets, rewards[:, 0], args.algo)
-            advantages = torch.zeros(len(x), 3, device=device)  # DPO has none
-            frames, lengths, items, rewards = frames[x], lengths[x], [items[i] for i in x.tolist()], rewards.view(len(x), -1)
+            same = [hyp == normalize(item["target"]) for hyp, item in zip(hyps, items)]  # in words: y_l may be other pieces of them
+            scores = torch.tensor(same, device=device).float() if args.algo == "rba_single" else rewards[:, 0]
+            tokens, n, x, varied = rba_pairs(tokens, n, *targets, scores, args)
+            advantages = varied.float()[:, None].expand(n.shape)  # DPO has none: 0 where there is nothing to prefer, else 1
+            frames, lengths, items, tokens, n = frames[x], lengths[x], [items[i] for i in x.tolist()], tokens.flatten(0, 1), n.flatten()
         else:
             advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
-        rewards_.append(rewards)
-        kept_total += int(varied.sum())
+        groups, kept_total = groups + len(varied), kept_total + int(varied.sum())
         if kept_total >= args.prompts:
             break
-    rewards = torch.cat(rewards_)
-    n = torch.cat([p[4] for p in parts])
-    log.update(reward=float(rewards.mean()), zero_variance=1 - kept_total / len(rewards), draws=len(parts),
-               length=float(n.float().mean()), truncated=float(torch.cat(cut).float().mean()))
+    log.update(reward=float(torch.cat(rewards_).mean()), zero_variance=1 - kept_total / groups, draws=len(parts),
+               length=float(torch.cat(lengths_).float().mean()), truncated=float(torch.cat(cut).float().mean()))
     return parts
 
 
@@ -253,8 +258,12 @@ def main():
         data.die(f"--reward {args.reward}: {e}")
     if args.algo in RBA:
         args.G, args.teacher_steps = 1, args.teacher_steps or 600
-        if args.prompts % data.TAKES or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong:
-            data.die(f"--algo {args.algo}: --prompts in fours, one update, and no --off-policy, --dynamic-sampling or --overlong")
+        if args.prompts % data.TAKES or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam":
+            data.die(f"--algo {args.algo}: --prompts in fours, one update, and no --off-policy, --dynamic-sampling, --overlong or beam")
+        if args.data or args.init:
+            data.die(f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init")
+        if not (args.beta or args.ce):
+            data.die(f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce")
     elif args.ce:
         data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
     elif args.G < 2:
@@ -344,7 +353,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         G = len(n) // len(frames)
         n_sequences += int(counted.sum()) * G
         n_tokens += int((n.view(-1, G).sum(1) * counted).sum())
-        keep = counted if args.beta and args.algo not in RBA else varied
+        keep = counted if args.ce or args.beta and args.algo not in RBA else varied
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * G + torch.arange(G, device=device)).flatten()
             off = each % G == G - 1 if args.off_policy == "reference" else None
@@ -359,16 +368,17 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
             with autocast(device):
                 prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
-                logp, entropy = model.token_logps(tokens, prompt, args.temperature)
+                temperature = 1.0 if args.algo in RBA else args.temperature
+                logp, entropy = model.token_logps(tokens, prompt, temperature)
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
                         prompt = reference.prefill(*reference.embed_prompt(frames, lengths, asked))
-                        ref, _ = reference.token_logps(tokens, prompt, args.temperature)
+                        ref, _ = reference.token_logps(tokens, prompt, temperature)
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             if args.algo in RBA:
-                loss, clip = dpo_loss(logp, ref, mask, args.beta, args.ce) / (n_sequences // G), 0
+                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / (n_sequences // G), 0
             else:
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
                 loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
@@ -404,7 +414,7 @@ def report(args, corpus, folder):
         refs = [item["target"] for item in heard]
         hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
         for name, path in paths.items():
-            keep_transcripts(os.path.join("runs", args.name, path), test, refs, hyps[name])
+            keep_transcripts(os.path.join("runs", args.name, path), test, args.data, refs, hyps[name])
         result["sets"][test] = print_table(test, args.task, refs, hyps, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: hyps["SFT"][i] == hyps[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")

@@ -29,6 +29,7 @@ import os
 import shutil
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import Chunks, autocast, collate, hear_set, load_model, loader, pick_device, shortfall, transcribe
+from eval import Chunks, autocast, collate, finished, hear_set, load_model, loader, pick_device, shortfall, transcribe
 from model import (BOS, EOS, INSTRUCTION, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, left_pad, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -89,6 +90,10 @@ def add_arguments(p):
 def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     args.data = os.path.abspath(args.data) if args.data else None
+    if args.init and not finished(args.init):
+        data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
+    if args.init and not args.name:
+        data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
     args.name = args.name or "-".join([data.name_of(args.data), *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     args.control_batches = 200 if args.control_batches is None else args.control_batches
@@ -99,12 +104,12 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: give cpu, cuda or cuda:N")
     if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
-    if args.init and not os.path.exists(os.path.join(args.init, "best.pt")):
-        data.die(f"--init {args.init}: no best.pt in it; give the folder of a finished stage, such as runs/embedded-0/speech")
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
+    if args.dialogues < 10:
+        data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
-        data.die("--teacher-steps: the teacher's sentences are spoken by the synthesiser; leave out --data and --init")
+        data.die(f"--teacher-steps {args.teacher_steps}: the teacher's sentences are spoken by the synthesiser; leave out --data and --init")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain)
     for kept in (MADE, HEARD, AHEAD):
@@ -344,7 +349,10 @@ def tokenizer_of(corpus, args):
     if args.init:
         return load_model(args.init).tokenizer_bytes
     try:
-        return train_tokenizer(training_targets(corpus) + [item["prompt"] for item in corpus.all_texts() if item["prompt"]], args.vocab)
+        texts = [item["prompt"] for item in corpus.all_texts() if item["prompt"]]
+        if args.teacher_steps:  # the teacher writes what is said, too
+            texts += [normalize(item["text"]) for item in corpus.all_texts()]
+        return train_tokenizer(training_targets(corpus) + texts, args.vocab)
     except RuntimeError as e:
         data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
 
@@ -484,7 +492,8 @@ def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
     if args.init and stage == "speech":
-        return {k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")}
+        return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")},
+                "before": json.loads(Path(args.init, "config.json").read_text())}
     return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
@@ -514,7 +523,9 @@ def run_stage(stage, args, corpus, ahead=()):
     if args.init and stage == "speech":
         before, steps = args.init, 0
     if steps == 0 and not state:
-        shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt"))
+        if not os.path.exists(os.path.join(folder, "best.pt")):
+            shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt.tmp"))
+            os.replace(os.path.join(folder, "best.pt.tmp"), os.path.join(folder, "best.pt"))
         return folder
     if state and state["step"] == steps:
         return folder
@@ -583,14 +594,14 @@ def teach(args, corpus):
     if not args.teacher_steps:
         return
     folder = os.path.join("runs", args.name, "teacher")
-    keys = ("task", "lang", "seed", "vocab", "teacher_steps", "dialogues")
+    keys = ("task", "lang", "seed", "vocab", "teacher_steps", "dialogues", "muon", "max_new")
     open_run(folder, {k: getattr(args, k) for k in keys})
     path = os.path.join(folder, "dialogues.jsonl")
     if not os.path.exists(path):
         torch.manual_seed(args.seed * 10 + 6)
         device = pick_device(args.device)
         use_cores(0)
-        model = new_model(corpus, args, **TEACHER).to(device)
+        model = new_model(corpus, args, **TEACHER).to(device)  # half a minute to two: an interrupted one begins again
         opts = optimizers(model, list(model.llm.parameters()), 2e-3, args.muon)
         for step in (bar := tqdm(range(args.teacher_steps), desc="teacher ")):
             loss = dialogue_loss(model, corpus.texts("text", step, 64), device)
@@ -620,7 +631,7 @@ def dialogue_loss(model, items, device):
     texts = [[normalize(item[k] or INSTRUCTION) for item in items] for k in ("prompt", "text", "target")]
     rows = [[*a, S_BOS, *b, SYSTEM, BOS, *c, EOS] for a, b, c in zip(*map(model.tokenizer.encode, texts))]
     targets, n = right_pad(rows, device)
-    logp, _ = model.token_logps(targets, user_turns(model, [[]] * len(rows), device))
+    logp, _ = model.token_logps(targets, user_turns(model, [[]], device))  # one for all rows
     return -(logp * length_mask(n, targets.shape[1])).sum() / n.sum()
 
 
@@ -636,14 +647,15 @@ def invent(model, n, max_new):
     be used it answers, greedily. -> items without audio: text, prompt (None for the paper's), target."""
     device = model.llm.embed.weight.device
     model.eval()
-    said, length, _ = generate(model, user_turns(model, [[]], device), n, 2 * max_new, 1.0)
+    said, length, _ = generate(model, user_turns(model, [[]], device), n, 3 * max_new, 1.0)
     turns = {}
     for row, length in zip(said.tolist(), length.tolist()):
         row = row[:length]
         if row.count(S_BOS) == row.count(SYSTEM) == 1 and row.index(S_BOS) < row.index(SYSTEM):
             asked, text = row[:row.index(S_BOS)], row[row.index(S_BOS) + 1:row.index(SYSTEM)]
-            if usable(model.tokenizer.decode(text)) and asked:
-                turns[model.tokenizer.decode(asked), model.tokenizer.decode(text)] = [BOS, *asked, S_BOS, *text, SYSTEM]
+            words = [" ".join(model.tokenizer.decode(ids).split()) for ids in (asked, text)]  # a lone "_" piece is a space
+            if words[0] and usable(words[1]):
+                turns[tuple(words)] = [BOS, *asked, S_BOS, *text, SYSTEM]
     if not turns:
         return []
     answers, length, _ = generate(model, user_turns(model, list(turns.values()), device), 1, max_new, 0.0)

@@ -35,7 +35,7 @@ from eval import agreement, collate, compare, draws_of, mean_change, transcribe,
 from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
-from grpo import ALGOS, RBA, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
+from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
                    filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
 from rewards import REWARDS
@@ -861,7 +861,7 @@ def test_muon_turns_every_direction_at_the_same_pace():
 
 
 # --------------------------------------------------------------------------------------------------- grpo
-POLICY = [algo for algo in ALGOS if algo not in RBA]  # the policy gradients
+POLICY = ["grpo", "dapo", "dr_grpo"]
 
 
 def loss_case(seed=0, B=3, G=4, T=6):
@@ -875,7 +875,7 @@ def loss_case(seed=0, B=3, G=4, T=6):
 
 
 def loop_loss(logp, old, ref, lengths, rewards, algo, longest):
-    """Eq. 3 to 6 token by token, as FACTS.md section 2 has them; G samples of B utterances."""
+    """Eq. 3 to 6 token by token; G samples of B utterances."""
     s = ALGOS[algo]
     B, G = rewards.shape
     all_tokens = int(lengths.sum())
@@ -1363,11 +1363,12 @@ def test_dpo_against_a_case_worked_by_hand():
 
     def check(loss):
         logp = torch.tensor([[-1.0, -1.0], [-3.0, -7.0], [-0.5, -1.5]], requires_grad=True)
-        value = loss(logp, ref, mask, 0.5)
+        value = loss(logp, ref, mask, torch.ones(1), 0.5)
         assert abs(float(value) - 0.201413) < 1e-5
         value.backward()
         assert torch.allclose(logp.grad, torch.tensor([[-0.091213, -0.091213], [0.091213, 0.0], [0.0, 0.0]]), atol=1e-5)
-        assert abs(float(loss(logp, None, mask, 0.5, 0.2)) - (0.474077 + 0.2)) < 1e-5
+        assert abs(float(loss(logp, None, mask, torch.ones(1), 0.5, 0.2)) - (0.474077 + 0.2)) < 1e-5
+        assert abs(float(loss(logp, None, mask, torch.zeros(1), 0.5, 0.2)) - 0.2) < 1e-5  # equals: nothing to prefer, still a teacher
 
     check(dpo_loss)
     swapped = lambda logp, ref, mask, *a: dpo_loss(*(x if x is None else x[[1, 0, 2]] for x in (logp, ref, mask)), *a)
@@ -1385,31 +1386,35 @@ def test_dpo_gradient_against_a_loop():
     mask = torch.arange(5) < n[:, None]
     for with_ref, ce in ((True, 0.0), (False, 0.3)):
         x, y = logp.clone().requires_grad_(), logp.clone().requires_grad_()
-        dpo_loss(x, ref if with_ref else None, mask, 0.3, ce).backward()
+        differ = torch.tensor([1.0, 0.0, 1.0, 1.0])
+        dpo_loss(x, ref if with_ref else None, mask, differ, 0.3, ce).backward()
         loss = 0
         for i in range(0, 12, 3):
             won, lost = (sum(y[j, t] - (ref[j, t] if with_ref else 0) for t in range(n[j])) for j in (i, i + 1))
-            loss = loss + torch.log(1 + torch.exp(-0.3 * (won - lost))) - ce * sum(y[i + 2, t] for t in range(n[i + 2])) / n[i + 2]
+            loss = loss + differ[i // 3] * torch.log(1 + torch.exp(-0.3 * (won - lost))) - ce * sum(y[i + 2, t] for t in range(n[i + 2])) / n[i + 2]
         loss.backward()
         assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
 
-def test_rba_pairs_are_of_one_instruction():
-    """Group: best against worst of the four voices of the same instruction, about the worst one's speech; Single: teacher against sample."""
+def test_rba_pairs_are_of_one_utterance():
+    """Group: best against worst of the four voices of the same dialogue, about the worst one's speech; Single: teacher against sample."""
     tokens = torch.arange(10, 18)[:, None].repeat(1, 2)
     n, targets, target_n = torch.full((8,), 2), torch.arange(50, 58)[:, None].repeat(1, 3), torch.full((8,), 3)
     scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.4, 0.4, 0.4, 0.4])
+    group, single = (argparse.Namespace(algo=algo, ce=0.2) for algo in ("rba_group", "rba_single"))
 
     def check(make):
-        rows, lengths, x, differ = make(tokens, n, targets, target_n, scores, "rba_group")
-        assert rows[:, 0].tolist() == [11, 10, 50, 14, 14, 54] and lengths.tolist() == [2, 2, 3] * 2 and rows[0, 2] == 0
+        rows, lengths, x, differ = make(tokens, n, targets, target_n, scores, group)
+        assert rows[..., 0].tolist() == [[11, 10, 50], [14, 14, 54]] and lengths.tolist() == [[2, 2, 3]] * 2 and rows[0, 0, 2] == 0
         assert x.tolist() == [0, 4] and differ.tolist() == [True, False]  # the second's answers are as good as each other
 
     check(rba_pairs)
     with pytest.raises(AssertionError):  # the wrong way round
         check(lambda t, n, *rest: rba_pairs(t, n, *rest[:2], -rest[2], rest[3]))
-    rows, lengths, x, differ = rba_pairs(tokens, n, targets[:, :2].clone().index_copy_(0, torch.tensor([3]), tokens[3:4]), n, scores, "rba_single")
-    assert rows[:3, 0].tolist() == [50, 10, 50] and x.tolist() == list(range(8)) and differ.tolist() == [True] * 3 + [False] + [True] * 4
+    assert rba_pairs(tokens, n, targets, target_n, scores, argparse.Namespace(algo="rba_group", ce=0))[0].shape == (2, 2, 3)
+    same = torch.tensor([0, 0, 0, 1.0, 0, 0, 0, 0])
+    rows, lengths, x, differ = rba_pairs(tokens, n, targets, target_n, same, single)
+    assert rows[0, :, 0].tolist() == [50, 10] and x.tolist() == list(range(8)) and differ.tolist() == [True] * 3 + [False] + [True] * 4
 
 
 def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
@@ -1417,9 +1422,12 @@ def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
     rng = np.random.default_rng(0)
     train, test = ([data.sentence_in(split, rng, False) for _ in range(6)] for split in ("train", "test"))
     corpus = data.Embedded(0, task="sqa")
-    model = sft.new_model(corpus, argparse.Namespace(init=None, vocab=300), **sft.TEACHER)
+    model = sft.new_model(corpus, argparse.Namespace(init=None, vocab=300, teacher_steps=1), **sft.TEACHER)
     encode = lambda asked, text: [*model.tokenizer.encode(asked), S_BOS, *model.tokenizer.encode(text), SYSTEM, EOS]
-    rows = [encode("who is named", text) for text in train[:3] + test] + [encode("who is named", "nothing of the kind"), [EOS],
+    space = next(i for i in range(model.llm.config.vocab) if model.tokenizer.id_to_piece(i) == "\u2581")
+    spaced = [model.tokenizer.encode(word) + [space] * 2 for word in test[0].split()]  # the same words, and another hash
+    rows = [encode("who is named", text) for text in train[:3] + test] + [
+        [*model.tokenizer.encode("who"), S_BOS, *(i for ids in spaced for i in ids), SYSTEM, EOS], [BOS, S_BOS, *model.tokenizer.encode(train[5]), SYSTEM, EOS]] + [encode("who is named", "nothing of the kind"), [EOS],
             model.tokenizer.encode("no end") + [SYSTEM, S_BOS], encode("", train[4])]
     told = iter([(right_pad(rows)), None])
 
@@ -1460,7 +1468,7 @@ def test_rba_in_miniature(tmp_path):
     out = command(tmp_path, "eval.py", "--table", "rba", "--seeds", "0", "--test-size", "4")
     assert "AGREE" in out and "missing: python grpo.py --task sqa --algo rba_single --reward bleu --seed 0" in out
     assert "RBA-Group " in out and "RBA-Single, CE" in out and "33.0" in out
-    for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"]):
+    for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"], ["--beta", "0"], ["--rollout", "beam"]):
         assert command(tmp_path, "grpo.py", "--algo", "rba_group", *small, *bad, code=2).count("\n") == 1
 
 
@@ -1476,7 +1484,8 @@ def test_adaptation_and_its_table(tmp_path):
     assert "87.88" in out and "missing" not in out and "from base" in out
     out = command(tmp_path, "eval.py", "--table", "2", "--seeds", "0,1", "--test-size", "3")
     assert "missing: python grpo.py --algo dapo --reward em --seed 0" in out and "(1 of 2 seeds)" in out and "--reward wer --seed 1" in out
-    for bad, argv in (("--init nowhere", ["--init", "nowhere"]), ("--domain far", ["--domain", "far"])):
+    for bad, argv in (("--init nowhere", ["--init", "nowhere", "--name", "x"]), ("--domain far", ["--domain", "far"]),
+                      ("a --name of its own", ["--init", "runs/embedded-0/speech"])):
         out = command(tmp_path, "grpo.py", *SMALL, *argv, code=2)
         assert bad in out and out.count("\n") == 1
     corpus = data.Embedded(0, 3, domain="far")
