@@ -191,10 +191,11 @@ def rollout(model, frames, lengths, items, reward, args):
 def gather_rollouts(model, supply, args, device, log):
     """One optimiser step's groups: a list of (frames, lengths, instructions, tokens, n, advantages, varied) per batch that was drawn.
 
-    With dynamic sampling (DAPO), batches are drawn until --prompts groups vary, at most --max-draws times.
+    These are --accumulate batches of --prompts. With dynamic sampling (DAPO), more are drawn until as many groups vary, over all
+    processes, as that would be; --max-draws times as many at most.
     """
     parts, rewards_, lengths_, cut, groups, kept_total = [], [], [], [], 0, 0
-    for draw in range(args.max_draws if args.dynamic_sampling else 1):
+    for draw in range(args.accumulate * (args.max_draws if args.dynamic_sampling else 1)):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
             tokens, n, rewards, hyps = rollout(model, frames, lengths, items, args.reward, args)
@@ -213,10 +214,13 @@ def gather_rollouts(model, supply, args, device, log):
             advantages, varied = group_advantages(rewards, args.std)
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         groups, kept_total = groups + len(varied), kept_total + int(varied.sum())
-        if kept_total >= args.prompts:
-            break
-    log.update(reward=float(torch.cat(rewards_).mean()), zero_variance=1 - kept_total / groups, draws=len(parts),
-               length=float(torch.cat(lengths_).float().mean()), truncated=float(torch.cat(cut).float().mean()))
+        if args.dynamic_sampling and draw + 1 >= args.accumulate:
+            if sft.summed([kept_total], device)[0] >= args.prompts * args.accumulate * sft.world():
+                break
+    rewards, n, cut = torch.cat(rewards_), torch.cat(lengths_), torch.cat(cut)
+    figures = [float(rewards.sum()), rewards.numel(), float(n.sum()), n.numel(), float(cut.sum()), cut.numel(), kept_total, groups]
+    reward, rewards, length, n, cut, cuts, kept_total, groups = sft.summed(figures, device)
+    log.update(reward=reward / rewards, zero_variance=1 - kept_total / groups, draws=len(parts), length=length / n, truncated=cut / cuts)
     return parts
 
 
@@ -270,19 +274,22 @@ def main():
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     if args.control_batches is None:
-        args.control_batches = args.steps
+        sft.join_processes()
+        args.control_batches = args.steps * args.accumulate * sft.world()
     corpus = sft.finish_arguments(args)
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     sft.check_stages(args)
     sft.check_config(*rl_config(args))
-    ahead = [("grpo", args.prompts, k) for k in range(min(args.steps, AHEAD_MOST))]
+    ahead = [("grpo", args.prompts, k) for k in range(sft.rank(), min(args.steps * args.accumulate, AHEAD_MOST) * sft.world(), sft.world())]
     sft.teach(args, corpus)
     for stage in sft.stages_to("speech", args):
         sft.run_stage(stage, args, corpus, ahead if stage == "speech" else ())
     folder = train(args, corpus)
     sft.run_stage("control", args, corpus)
-    report(args, corpus, folder)
+    if sft.rank() == 0:
+        report(args, corpus, folder)
+    sft.leave_processes()
 
 
 def rl_config(args):
@@ -291,7 +298,7 @@ def rl_config(args):
                 "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
                 "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
-    return folder, {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}, "--rl-name"
+    return folder, {**{k: getattr(args, k) for k in switches}, "accumulate": args.accumulate * sft.world(), "before": sft.stage_config("speech", args)}, "--rl-name"
 
 
 def train(args, corpus):
@@ -313,13 +320,15 @@ def train(args, corpus):
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     drawn = state["drawn"] if state else 0  # batches; with dynamic sampling it is not the number of steps
     log = sft.Log(folder, first)
-    dev = sft.dev_set("speech", model, corpus, args)
+    dev = sft.dev_set("speech", model, corpus, args) if sft.rank() == 0 else []
     dev_refs = [item["target"] for item in dev]
-    bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps)
-    most = args.steps * (args.max_draws if args.dynamic_sampling else 1)
+    if sft.world() > 1:  # all began with the same weights; from here on each has its own samples
+        torch.manual_seed(args.seed * 10 + 5 + 1000 * (1 + sft.rank()) + 10**6 * first)
+    bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps, disable=sft.rank() > 0)
+    most = args.steps * args.accumulate * (args.max_draws if args.dynamic_sampling else 1)
     control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
     again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST, different)
-    keys = [("grpo", args.prompts, k) for k in range(drawn, most)]
+    keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
     started = saved = time.time()
     for step in bar:
@@ -329,7 +338,7 @@ def train(args, corpus):
         update(model, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
-        if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
+        if sft.rank() == 0 and ((step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps):
             row["dev"] = shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
             if row["dev"] <= best:
                 best = row["dev"]
@@ -339,6 +348,7 @@ def train(args, corpus):
             state = sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
             sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn})
             saved = time.time()
+    sft.wait()
     sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
     return folder
 
@@ -359,6 +369,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             off = each % G == G - 1 if args.off_policy == "reference" else None
             pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
                            advantages[rows].flatten(), off, None])
+    n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, len(pieces)), device)
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0
@@ -378,7 +389,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             if args.algo in RBA:
-                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / (n_sequences // G), 0
+                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / (n_sequences / G), 0
             else:
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
                 loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
@@ -390,8 +401,11 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 if ref is not None:
                     gap = (ref - logp).masked_fill(~mask, 0.0)
                     kl += float((gap.exp() - gap - 1).sum())
+        if n_pieces:
+            sft.share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps))
+    total, held, kl, entropy_sum, seen = sft.summed((total, held, kl, entropy_sum, seen), device)
     seen = max(1.0, seen)
     row.update(loss=total, clip=held / seen, kl=kl / seen, entropy=entropy_sum / seen, grad_norm=float(norm))
 

@@ -18,6 +18,10 @@ mean of the encoder's frames for it in its first training utterances (embedded: 
 as speech's, so words are learned from their sounds at little cost, and speech has durations and noise left to teach
 (what it brings: LOG.md, 2026-11-21).
 
+Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
+gradients are summed over all, and the first process alone looks at dev, writes and prints. So N processes are one with N times the
+--accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself.
+
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
 import argparse
@@ -33,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -81,14 +86,66 @@ def add_arguments(p):
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
-    p.add_argument("--accumulate", type=int, default=1, help="batches gathered into one optimiser step, of the SFT stages")
+    p.add_argument("--accumulate", type=int, default=1, help="batches that each process gathers into one optimiser step")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
     p.add_argument("--dev-size", type=int, default=480, help="utterances of dev it looks at, at most")
 
 
+# ---------------------------------------------------------------------------------------------- many processes
+def join_processes():
+    """Under torchrun: meets the other processes, one a GPU where there are GPUs; else does nothing."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank():
+    """This process's number; 0 looks at dev, writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait():
+    """Until all processes are here: what the first has written can be read afterwards."""
+    if world() > 1:
+        dist.barrier()
+
+
+def leave_processes():
+    """The end of `join_processes`."""
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def summed(numbers, device):
+    """Numbers, each summed over the processes."""
+    if world() == 1:
+        return list(numbers)
+    total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def share_gradients(parameters):
+    """Sums the gradients over the processes, once a step, whatever number of backward passes each of them had: GRPO's groups
+    without variance have none, which DistributedDataParallel, one exchange in each pass, would wait for in vain."""
+    if world() > 1:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p).clone()
+
+
 def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
+    join_processes()
     args.data = os.path.abspath(args.data) if args.data else None
     if args.init and not finished(args.init):
         data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
@@ -96,7 +153,8 @@ def finish_arguments(args):
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
     args.name = args.name or "-".join([data.name_of(args.data), *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    args.control_batches = 200 if args.control_batches is None else args.control_batches
+    if args.control_batches is None:
+        args.control_batches = 200 * args.accumulate * world()
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -124,12 +182,14 @@ def finish_arguments(args):
 def use_cores(workers):
     """One core for each busy worker, the rest for the model: threads that wait for a busy core cost more than they bring."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # fewer under taskset, slurm
-    torch.set_num_threads(max(1, ours - workers))
+    torch.set_num_threads(max(1, ours // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - workers))
 
 
 # ---------------------------------------------------------------------------------------------- runs on disk
 def save(path, state):
     """torch.save under a temporary name, then renamed: whoever reads `path` sees all of a checkpoint or the one before."""
+    if rank():
+        return
     torch.save(state, path + ".tmp")
     os.replace(path + ".tmp", path)
 
@@ -150,11 +210,14 @@ def check_config(folder, config, remedy="--name"):
 def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns the state in last.pt, or None."""
     check_config(folder, config, remedy)
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "config.json")
-    with open(path + ".tmp", "w") as f:
-        json.dump(config, f, indent=1)
-    os.replace(path + ".tmp", path)
+    wait()
+    if rank() == 0:
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "config.json")
+        with open(path + ".tmp", "w") as f:
+            json.dump(config, f, indent=1)
+        os.replace(path + ".tmp", path)
+    wait()
     last = os.path.join(folder, "last.pt")
     return torch.load(last, map_location="cpu", weights_only=False) if os.path.exists(last) else None
 
@@ -163,9 +226,9 @@ class Log:
     """metrics.jsonl, one JSON object a line. On resuming, lines after the checkpoint's step go: they will come again."""
 
     def __init__(self, folder, step):
-        path = os.path.join(folder, "metrics.jsonl")
+        path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
         kept = []
-        if os.path.exists(path):
+        if rank() == 0 and os.path.exists(path):
             with open(path) as f:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
         self.file = open(path, "w")
@@ -483,7 +546,7 @@ def stage_plan(stage, args):
     size = getattr(args, f"{stage}_batch", args.batch)
     stream = {"control": "grpo", "speech": "speech" if args.spec_augment else "encoder"}.get(stage, stage)
     fresh = {"control": args.control_batches, "speech": math.inf if args.spec_augment else args.speech_batches}.get(stage, math.inf)
-    fresh = min(steps * args.accumulate, fresh)  # from there on they come again
+    fresh = min(steps * args.accumulate * world(), fresh)  # from there on they come again
     before = os.path.join("runs", args.name, ORDER[ORDER.index(stage) - 1]) if stage != "encoder" else None
     return os.path.join("runs", args.name, stage), steps, lr, size, stream, fresh, before
 
@@ -495,7 +558,7 @@ def stage_config(stage, args):
         return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")},
                 "before": json.loads(Path(args.init, "config.json").read_text())}
     return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
-            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate, "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
                if stage == "encoder" else {}),
@@ -523,9 +586,10 @@ def run_stage(stage, args, corpus, ahead=()):
     if args.init and stage == "speech":
         before, steps = args.init, 0
     if steps == 0 and not state:
-        if not os.path.exists(os.path.join(folder, "best.pt")):
+        if rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
             shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt.tmp"))
             os.replace(os.path.join(folder, "best.pt.tmp"), os.path.join(folder, "best.pt"))
+        wait()
         return folder
     if state and state["step"] == steps:
         return folder
@@ -538,16 +602,19 @@ def run_stage(stage, args, corpus, ahead=()):
     opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     log = Log(folder, first)
-    dev = dev_set(stage, model, corpus, args)
-    draws = steps * args.accumulate
-    order = replay(args.encoder_steps * args.accumulate, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
-    order = [(stream, size, k) for k in order[first * args.accumulate:]]
+    dev = dev_set(stage, model, corpus, args) if rank() == 0 else None
+    each = args.accumulate * world()  # batches a step
+    draws = steps * each
+    order = replay(args.encoder_steps * each, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
+    order = [(stream, size, k) for k in order[first * each + rank()::world()]]
     if stage in ("speech", "control"):
         supply = heard(order, model, corpus, args, device, keep=fresh if fresh < draws else 0, ahead=ahead)
     else:
         supply = batches(corpus, order, args.workers)
     use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
-    bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps)
+    if world() > 1:  # all began with the same weights; from here on each has its own masks and slips
+        torch.manual_seed(args.seed * 10 + ORDER.index(stage) + 1000 * (1 + rank()) + 10**6 * first)
+    bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps, disable=rank() > 0)
     started = saved = time.time()
     average = state["average"] if state else None
     for step in bar:
@@ -561,6 +628,8 @@ def run_stage(stage, args, corpus, ahead=()):
                 loss, n = stage_loss(stage, model, batch, corpus, device)
             loss.backward()
             total, tokens = total + loss.item(), tokens + int(n)
+        share_gradients(parameters)
+        total, tokens = summed((total, tokens), device)
         for parameter in parameters:  # a mean over the tokens of the whole optimiser step, not a mean of means
             if parameter.grad is not None:
                 parameter.grad /= tokens
@@ -568,7 +637,7 @@ def run_stage(stage, args, corpus, ahead=()):
         step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)))
         average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
         bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
-        if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
+        if rank() == 0 and ((step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps):
             score = dev_score(stage, model, dev, corpus, device, args.max_new)
             log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
             if score <= best:  # as in GRPO: of equals the later
@@ -578,6 +647,7 @@ def run_stage(stage, args, corpus, ahead=()):
             state = snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
             save(os.path.join(folder, "last.pt"), {**state, "average": average})
             saved = time.time()
+    wait()
     use_cores(args.workers)
     for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
         for key in [key for key in kept if key[0] == stream]:
@@ -597,7 +667,7 @@ def teach(args, corpus):
     keys = ("task", "lang", "seed", "vocab", "teacher_steps", "dialogues", "muon", "max_new")
     open_run(folder, {k: getattr(args, k) for k in keys})
     path = os.path.join(folder, "dialogues.jsonl")
-    if not os.path.exists(path):
+    if rank() == 0 and not os.path.exists(path):
         torch.manual_seed(args.seed * 10 + 6)
         device = pick_device(args.device)
         use_cores(0)
@@ -622,6 +692,7 @@ def teach(args, corpus):
             f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in list(found.values())[:args.dialogues])
         os.replace(path + ".tmp", path)
         use_cores(args.workers)
+    wait()
     with open(path) as f:
         corpus.dialogues = [json.loads(line) for line in f]
 
@@ -680,7 +751,10 @@ def main():
     check_stages(args)
     teach(args, corpus)
     for stage in stages_to(args.stage, args):
-        print(f"{stage}: {run_stage(stage, args, corpus)}")
+        folder = run_stage(stage, args, corpus)
+        if rank() == 0:
+            print(f"{stage}: {folder}")
+    leave_processes()
 
 
 if __name__ == "__main__":

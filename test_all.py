@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import string
+import subprocess
 import sys
 import unicodedata
 
@@ -1510,6 +1511,44 @@ def test_changes_of_means_are_paired_within_seeds():
     assert 0 < width(a, b) < 3 and width(a, shuffled) > 10
     assert mean_change(a, a).startswith("+0.0% [+0.0, +0.0]")
     assert agreement(["a b c d"] * 4 + ["a b c d e"] * 4) == 100 and agreement(["a b", "c d", "e f", "g h"]) < 20
+
+
+def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
+    """torchrun with two processes (gloo) against one that gathers two batches a step: SFT, dynamic sampling and GRPO end at the same
+    weights to 1e-5; beams, since samples are drawn by each process for itself. Two processes that do not share end elsewhere."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2"]
+    monkeypatch.setattr(sft, "use_cores", lambda workers: torch.set_num_threads(1))
+    command(tmp_path, "grpo.py", *flags, "--accumulate", "2")
+    one = tmp_path / "runs" / "embedded-0"
+    early = {stage: (one / stage).stat() for stage in ("encoder", "text", "read")}
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    for folder in (shared, alone):
+        for stage in early:
+            shutil.copytree(one / stage, folder / "runs" / "embedded-0" / stage)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
+    out = subprocess.run([*launch, os.path.join(here, "grpo.py"), *flags], cwd=shared, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert out.stdout.count("hard: 3 utterances") == 1                         # the first process alone prints
+    (alone / "broken.py").write_text("import sft; sft.share_gradients = lambda parameters: None; sft.main()")
+    sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "").split()
+    assert subprocess.run([*launch, "broken.py", *sft_flags], cwd=alone, env=environment, capture_output=True).returncode == 0
+
+    def check(folder, stages):
+        for stage in stages:
+            a, b = (torch.load(run / "runs" / "embedded-0" / stage / "last.pt", weights_only=False)["model"] for run in (tmp_path, folder))
+            assert all(torch.allclose(a[k], b[k], atol=1e-5, rtol=0) for k in a), stage
+
+    def check_log(folder):
+        a, b = ([json.loads(line) for line in open(run / "runs" / "embedded-0" / "dapo-ed" / "metrics.jsonl")] for run in (tmp_path, folder))
+        for x, y in zip(a, b, strict=True):
+            assert all(abs(x[k] - y[k]) < 1e-4 for k in ("reward", "loss", "kl", "zero_variance", "length", "truncated", "entropy", "grad_norm"))
+
+    check(shared, ("speech", "control", "dapo-ed"))
+    check_log(shared)
+    with pytest.raises(AssertionError):
+        check(alone, ["speech"])
 
 
 def test_german_translations_and_answers():
