@@ -520,7 +520,7 @@ def smooth_power(x):
 
 def degrade(audio, condition, rng, babble=None):
     """Put clean speech, float32 (n,), into a condition: "clean", "hard", "ood", or a part of ood alone, "far" (echo), "babble" or
-    "pauses" (noise and clicks in them). Same length, peak below 1. babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
+    "pauses" (stretches without speech, noise and clicks). Same length, peak below 1. babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
     Raises ValueError for another condition."""
     n = len(audio)
     if condition == "clean":
@@ -594,7 +594,7 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None, speak
 
 
 # ------------------------------------------------------------------------------- corpora as the stages see them
-TAKES = 4  # voices in which RBA has each of its instructions spoken
+TAKES = 4  # voices in which RBA has each of its dialogues spoken
 STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "read": 4}     # SFT continued draws GRPO's
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
