@@ -315,6 +315,9 @@ def train(args, corpus):
     device = pick_device(args.device)
     model = load_model(start, device)
     reference = load_model(start, device) if args.beta and not args.ce else None
+    for each in (model, reference) if args.shard else ():
+        if each is not None:
+            sft.shard(each)
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -333,18 +336,23 @@ def train(args, corpus):
     started = saved = time.time()
     for step in bar:
         row = {}
-        parts = gather_rollouts(model, supply, args, device, row)
+        with sft.gathered(model):
+            parts = model(lambda model: gather_rollouts(model, supply, args, device, row))
         drawn += len(parts)
         update(model, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
-        if sft.rank() == 0 and ((step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps):
-            row["dev"] = shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
-            if row["dev"] <= best:
-                best = row["dev"]
-                sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
+        if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
+            weights = sft.full(model.state_dict())
+            with sft.gathered(model):
+                if sft.rank() == 0:
+                    row["dev"] = shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
+                    if row["dev"] <= best:
+                        best = row["dev"]
+                        sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
+                sft.wait()
         log(step=step + 1, seconds=seconds + time.time() - started, **row)
-        if step + 1 == args.steps or time.time() - saved > sft.SAVE_SECONDS:
+        if step + 1 == args.steps or sft.time_to_save(saved, device):
             state = sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
             sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn})
             saved = time.time()
@@ -370,22 +378,29 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
                            advantages[rows].flatten(), off, None])
     n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, len(pieces)), device)
+    n_real = len(pieces)
+    if args.shard:  # FSDP exchanges in each backward pass, so all need as many: some of nothing
+        most = max(int(m) for m in sft.summed([len(pieces) * (r == sft.rank()) for r in range(sft.world())], device))
+        nothing = [frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None, None]
+        pieces += [[*nothing] for _ in range(most - len(pieces))]
     model.train()
     for u in range(args.updates):
         total = held = kl = entropy_sum = seen = 0.0
-        for piece in pieces:
+        for i, piece in enumerate(pieces):
             frames, lengths, asked, tokens, n, advantages, off, old = piece
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
-            with autocast(device):
+
+            def score(model):
                 prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
-                temperature = 1.0 if args.algo in RBA else args.temperature
-                logp, entropy = model.token_logps(tokens, prompt, temperature)
+                return model.token_logps(tokens, prompt, 1.0 if args.algo in RBA else args.temperature)
+
+            with autocast(device):
+                logp, entropy = model(score)
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
-                        prompt = reference.prefill(*reference.embed_prompt(frames, lengths, asked))
-                        ref, _ = reference.token_logps(tokens, prompt, temperature)
+                        ref, _ = reference(score)
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             if args.algo in RBA:
@@ -394,9 +409,11 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
                 loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
                                          args.shaping)
-            loss.backward()
+            real = float(i < n_real)
+            (loss * real).backward()
             with torch.no_grad():
-                total, held, seen = total + float(loss), held + float(clip), seen + float(mask.sum())
+                mask = mask & bool(real)
+                total, held, seen = total + float(loss) * real, held + float(clip) * real, seen + float(mask.sum())
                 entropy_sum += float((entropy * mask).sum())
                 if ref is not None:
                     gap = (ref - logp).masked_fill(~mask, 0.0)

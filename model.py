@@ -149,8 +149,11 @@ class Layer(nn.Module):
         self.gate, self.up = nn.Linear(c.d, c.ffn, bias=False), nn.Linear(c.d, c.ffn, bias=False)
         self.down = nn.Linear(c.ffn, c.d, bias=False)
 
-    def forward(self, x, *context):
-        mixed, own = self.attn(self.norm1(x), *context)
+    def forward(self, x, rope, *context, kv_only=False):
+        """x (N, T, D) -> (N, T, D), or with kv_only None; and this layer's own keys and values."""
+        if kv_only:
+            return None, self.attn.keys_values(self.norm1(x), rope)
+        mixed, own = self.attn(self.norm1(x), rope, *context)
         x = x + mixed
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h)), own
@@ -186,12 +189,11 @@ class Llama(nn.Module):
         rope = angle.cos(), angle.sin()
         kv = []
         for i, layer in enumerate(self.layers):
-            if kv_only and i + 1 == c.n_layers:
-                return None, kv + [layer.attn.keys_values(layer.norm1(x), rope)]
             shared = (None, None) if prompt is None else (prompt.kv[i], prompt.bias)
-            x, own = layer(x, rope, bias, *shared, None if caches is None else caches[i], start)
+            last = kv_only and i + 1 == c.n_layers
+            x, own = layer(x, rope, bias, *shared, None if caches is None else caches[i], start, kv_only=last)
             kv.append(own)
-        return self.norm(x), kv
+        return None if kv_only else self.norm(x), kv
 
     def logits(self, hidden):
         """(.., D) -> (.., V), fp32."""
@@ -225,6 +227,10 @@ class SpeechLM(nn.Module):
     def configs(self):
         """What `SpeechLM(*..)` needs to build this model again."""
         return self.encoder.config, self.llm.config, self.tokenizer_bytes
+
+    def forward(self, run):
+        """run(self). FSDP gathers a model's weights when its forward is called, so what needs them all comes in here."""
+        return run(self)
 
     @torch.no_grad()
     def hear(self, mel, lengths):

@@ -19,12 +19,14 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 (what it brings: LOG.md, 2026-11-21).
 
 Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
-gradients are summed over all, and the first process alone looks at dev, writes and prints. So N processes are one with N times the
+gradients are summed over all, and the first process alone looks at dev, writes and prints. With --shard (FSDP2) each keeps but its
+part of the decoder, its gradients and AdamW's moments, for models that do not fit one GPU. So N processes are one with N times the
 --accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself.
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -38,6 +40,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import data
@@ -49,7 +53,7 @@ from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
-MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "beta", "eps_low",
+MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "shard", "beta", "eps_low",
                "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
@@ -86,6 +90,7 @@ def add_arguments(p):
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
+    p.add_argument("--shard", action="store_true", help="under torchrun: FSDP2, each process with its part of the decoder")
     p.add_argument("--accumulate", type=int, default=1, help="batches that each process gathers into one optimiser step")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--dev-evals", type=int, default=4, help="how often a stage looks at dev, about; always at its end")
@@ -133,14 +138,54 @@ def summed(numbers, device):
     return total.tolist()
 
 
+def time_to_save(saved, device):
+    """Whether the first process's last checkpoint is SAVE_SECONDS old: all have to know, where the model is shared out."""
+    return summed([float(rank() == 0 and time.time() - saved > SAVE_SECONDS)], device)[0] > 0
+
+
 def share_gradients(parameters):
     """Sums the gradients over the processes, once a step, whatever number of backward passes each of them had: GRPO's groups
     without variance have none, which DistributedDataParallel, one exchange in each pass, would wait for in vain."""
-    if world() > 1:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    for p in parameters:
+        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has taken the mean in each backward pass
+            p.grad *= world()
+    if world() > 1 and whole:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole])
         dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for p, grad in zip(whole, flat.split([p.numel() for p in whole])):
             p.grad = grad.view_as(p).clone()
+
+
+def shard(model):
+    """FSDP2: each process keeps its part of the decoder and the projection; the encoder, which is frozen and small, stays whole."""
+    for layer in model.llm.layers:
+        fully_shard(layer)
+    fully_shard(model, ignored_params=set(model.encoder.parameters()))
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """While this lasts every process holds all weights: to sample, where one writes longer than another, and to look at dev."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True, recurse=False)
+    if parts:
+        model.reset_iter_state()  # gives the weights back, and forgets the first process's calls alone, which the others wait for else
+
+
+def full(state):
+    """A nest of lists and dictionaries with its sharded tensors made whole; every process has to ask."""
+    if isinstance(state, dict):
+        return {k: full(v) for k, v in state.items()}
+    if isinstance(state, list):
+        return [full(v) for v in state]
+    return state.full_tensor() if isinstance(state, DTensor) else state
 
 
 def finish_arguments(args):
@@ -164,6 +209,8 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
+    if args.shard and (world() == 1 or args.muon or getattr(args, "grpo_muon", 0)):
+        data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
@@ -242,16 +289,23 @@ class Log:
 
 def snapshot(model, opts, step, best, seconds, device):
     """All that a loop needs to go on as if nothing had happened; the data's order follows from the step."""
-    return {"configs": model.configs(), "model": model.state_dict(), "opts": [o.state_dict() for o in opts], "step": step, "best": best,
+    return {"configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]), "step": step, "best": best,
             "seconds": seconds, "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
+@torch.no_grad()
 def restore(state, model, opts, device):
     """The opposite of snapshot -> step, best, seconds."""
-    model.load_state_dict(state["model"])
+    for name, p in model.state_dict().items():
+        saved = state["model"][name].to(p.device)
+        p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
     for opt, saved in zip(opts, state["opts"]):
         opt.load_state_dict(saved)
+        for p, moments in opt.state.items():
+            for k, v in moments.items():
+                if isinstance(p, DTensor) and v.shape == p.shape and not isinstance(v, DTensor):
+                    moments[k] = distribute_tensor(v, p.device_mesh, p.placements)
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -598,6 +652,8 @@ def run_stage(stage, args, corpus, ahead=()):
     model = new_model(corpus, args).to(device) if before is None else load_model(before, device)
     if stage == "read" and not state:
         measure_units(model, corpus, args.batch, device)
+    if args.shard and stage != "encoder":
+        shard(model)
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -625,7 +681,7 @@ def run_stage(stage, args, corpus, ahead=()):
             if stage == "encoder" and not args.spec_augment and key[2] < args.speech_batches:
                 MADE[key] = batch
             with autocast(device):
-                loss, n = stage_loss(stage, model, batch, corpus, device)
+                loss, n = model(lambda model: stage_loss(stage, model, batch, corpus, device))
             loss.backward()
             total, tokens = total + loss.item(), tokens + int(n)
         share_gradients(parameters)
@@ -637,13 +693,17 @@ def run_stage(stage, args, corpus, ahead=()):
         step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)))
         average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
         bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
-        if rank() == 0 and ((step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps):
-            score = dev_score(stage, model, dev, corpus, device, args.max_new)
-            log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
-            if score <= best:  # as in GRPO: of equals the later
-                best = score
-                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict()})
-        if step + 1 == steps or time.time() - saved > SAVE_SECONDS:
+        if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
+            weights = full(model.state_dict())
+            with gathered(model):
+                if rank() == 0:
+                    score = dev_score(stage, model, dev, corpus, device, args.max_new)
+                    log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
+                    if score <= best:  # as in GRPO: of equals the later
+                        best = score
+                        save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
+                wait()
+        if step + 1 == steps or time_to_save(saved, device):
             state = snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
             save(os.path.join(folder, "last.pt"), {**state, "average": average})
             saved = time.time()

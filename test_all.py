@@ -1515,24 +1515,26 @@ def test_changes_of_means_are_paired_within_seeds():
 
 def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     """torchrun with two processes (gloo) against one that gathers two batches a step: SFT, dynamic sampling and GRPO end at the same
-    weights to 1e-5; beams, since samples are drawn by each process for itself. Two processes that do not share end elsewhere."""
+    weights to 1e-5, with whole models and with --shard (FSDP2); beams, since samples are drawn by each process for itself. Two processes
+    that do not share their gradients end elsewhere."""
     here = os.path.dirname(os.path.abspath(__file__))
-    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2"]
+    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2", "--muon", "0", "--grpo-muon", "0"]
     monkeypatch.setattr(sft, "use_cores", lambda workers: torch.set_num_threads(1))
     command(tmp_path, "grpo.py", *flags, "--accumulate", "2")
     one = tmp_path / "runs" / "embedded-0"
     early = {stage: (one / stage).stat() for stage in ("encoder", "text", "read")}
-    shared, alone = tmp_path / "shared", tmp_path / "alone"
-    for folder in (shared, alone):
+    shared, sharded, alone = (tmp_path / name for name in ("shared", "sharded", "alone"))
+    for folder in (shared, sharded, alone):
         for stage in early:
             shutil.copytree(one / stage, folder / "runs" / "embedded-0" / stage)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
-    out = subprocess.run([*launch, os.path.join(here, "grpo.py"), *flags], cwd=shared, env=environment, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert out.stdout.count("hard: 3 utterances") == 1                         # the first process alone prints
+    for folder, more in ((shared, []), (sharded, ["--shard"])):
+        out = subprocess.run([*launch, os.path.join(here, "grpo.py"), *flags, *more], cwd=folder, env=environment, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert out.stdout.count("hard: 3 utterances") == 1                     # the first process alone prints
     (alone / "broken.py").write_text("import sft; sft.share_gradients = lambda parameters: None; sft.main()")
-    sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "").split()
+    sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "--muon 0 ").split()
     assert subprocess.run([*launch, "broken.py", *sft_flags], cwd=alone, env=environment, capture_output=True).returncode == 0
 
     def check(folder, stages):
@@ -1545,8 +1547,9 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
         for x, y in zip(a, b, strict=True):
             assert all(abs(x[k] - y[k]) < 1e-4 for k in ("reward", "loss", "kl", "zero_variance", "length", "truncated", "entropy", "grad_norm"))
 
-    check(shared, ("speech", "control", "dapo-ed"))
-    check_log(shared)
+    for folder in (shared, sharded):
+        check(folder, ("speech", "control", "dapo-ed"))
+        check_log(folder)
     with pytest.raises(AssertionError):
         check(alone, ["speech"])
 
