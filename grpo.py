@@ -274,7 +274,7 @@ def main():
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     if args.control_batches is None:
-        sft.join_processes()
+        sft.join_processes(args.device)
         args.control_batches = args.steps * args.accumulate * sft.world()
     corpus = sft.finish_arguments(args)
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
@@ -298,7 +298,7 @@ def rl_config(args):
                 "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
                 "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
-    return folder, {**{k: getattr(args, k) for k in switches}, "accumulate": args.accumulate * sft.world(), "before": sft.stage_config("speech", args)}, "--rl-name"
+    return folder, {**{k: getattr(args, k) for k in switches}, **({"accumulate": n} if (n := args.accumulate * sft.world()) > 1 else {}), "before": sft.stage_config("speech", args)}, "--rl-name"
 
 
 def train(args, corpus):
@@ -313,15 +313,15 @@ def train(args, corpus):
         return folder
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
-    model = load_model(start, device)
-    reference = load_model(start, device) if args.beta and not args.ce else None
-    for each in (model, reference) if args.shard else ():
-        if each is not None:
-            sft.shard(each)
+    read = lambda: sft.shard(load_model(start), device) if args.shard else load_model(start, device)
+    model = read()
+    reference = read() if args.beta and not args.ce else None
+    if reference is not None and args.shard:
+        reference.set_reshard_after_forward(True, recurse=False)  # it has no backward pass, after which FSDP would
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
-    drawn = state["drawn"] if state else 0  # batches; with dynamic sampling it is not the number of steps
+    drawn = -(-state["drawn"] // sft.world()) if state else 0  # a process's batches; with dynamic sampling not the number of steps
     log = sft.Log(folder, first)
     dev = sft.dev_set("speech", model, corpus, args) if sft.rank() == 0 else []
     dev_refs = [item["target"] for item in dev]
@@ -330,7 +330,7 @@ def train(args, corpus):
     bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps, disable=sft.rank() > 0)
     most = args.steps * args.accumulate * (args.max_draws if args.dynamic_sampling else 1)
     control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
-    again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST, different)
+    again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST * sft.world(), different)
     keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
     started = saved = time.time()
@@ -351,10 +351,11 @@ def train(args, corpus):
                         best = row["dev"]
                         sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
                 sft.wait()
+            del weights
         log(step=step + 1, seconds=seconds + time.time() - started, **row)
         if step + 1 == args.steps or sft.time_to_save(saved, device):
-            state = sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
-            sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn})
+            sft.save(os.path.join(folder, "last.pt"), {**sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device),
+                                                       "drawn": drawn * sft.world()})
             saved = time.time()
     sft.wait()
     sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
@@ -422,6 +423,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             sft.share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps))
+    if args.shard and reference is not None:
+        reference.reset_iter_state()
     total, held, kl, entropy_sum, seen = sft.summed((total, held, kl, entropy_sum, seen), device)
     seen = max(1.0, seen)
     row.update(loss=total, clip=held / seen, kl=kl / seen, entropy=entropy_sum / seen, grad_norm=float(norm))

@@ -19,15 +19,17 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 (what it brings: LOG.md, 2026-11-21).
 
 Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
-gradients are summed over all, and the first process alone looks at dev, writes and prints. With --shard (FSDP2) each keeps but its
-part of the decoder, its gradients and AdamW's moments, for models that do not fit one GPU. So N processes are one with N times the
---accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself.
+gradients are summed over all, and the first process alone looks at dev, writes and prints. So N processes are one with N times the
+--accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself, and anew when a run is
+resumed. With --shard (FSDP2) each keeps but its part of the decoder, of its gradients and of AdamW's moments; all of the weights only
+while it samples.
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -40,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -98,12 +101,17 @@ def add_arguments(p):
 
 
 # ---------------------------------------------------------------------------------------------- many processes
-def join_processes():
-    """Under torchrun: meets the other processes, one a GPU where there are GPUs; else does nothing."""
+def join_processes(device=None):
+    """Under torchrun: meets the other processes, one a GPU where there are GPUs; else does nothing. device: as --device."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if device and ":" in device:
+            data.die(f"--device {device}: every process would take that one GPU; give cuda or cpu")
+        kind, local = pick_device(device).type, int(os.environ["LOCAL_RANK"])
+        if kind == "cuda":
+            torch.cuda.set_device(local)
+        # The others wait while the first looks at dev or writes its tables; a process that dies ends them, whatever the timeout.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(days=1),
+                                device_id=torch.device("cuda", local) if kind == "cuda" else None)
 
 
 def rank():
@@ -154,43 +162,55 @@ def share_gradients(parameters):
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole])
         dist.all_reduce(flat)
         for p, grad in zip(whole, flat.split([p.numel() for p in whole])):
-            p.grad = grad.view_as(p).clone()
+            p.grad = grad.view_as(p)
 
 
-def shard(model):
-    """FSDP2: each process keeps its part of the decoder and the projection; the encoder, which is frozen and small, stays whole."""
+def same_weights(model):
+    """Gives every process the first one's weights."""
+    if world() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def shard(model, device):
+    """FSDP2: each process keeps on `device` its part of the decoder and the projection; the encoder, frozen and small, is whole there."""
+    mesh = init_device_mesh(torch.device(device).type, (world(),))
     for layer in model.llm.layers:
-        fully_shard(layer)
-    fully_shard(model, ignored_params=set(model.encoder.parameters()))
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=set(model.encoder.parameters()))
+    model.encoder.to(device)
     return model
 
 
 @contextlib.contextmanager
 def gathered(model):
-    """While this lasts every process holds all weights: to sample, where one writes longer than another, and to look at dev."""
+    """While this lasts every process holds all of a sharded model's weights, and calls to it exchange nothing: to sample, where one
+    process writes longer than another, and for the first to look at dev alone."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     yield
     for part in parts:
-        part.set_reshard_after_forward(True, recurse=False)
+        part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP's own choice
     if parts:
-        model.reset_iter_state()  # gives the weights back, and forgets the first process's calls alone, which the others wait for else
+        model.reset_iter_state()  # lets go of the weights and forgets the calls: what one process did alone is in no other's plan
 
 
 def full(state):
-    """A nest of lists and dictionaries with its sharded tensors made whole; every process has to ask."""
+    """A nest of lists and dictionaries with its sharded tensors made whole, for the first process to save; all have to ask."""
     if isinstance(state, dict):
         return {k: full(v) for k, v in state.items()}
     if isinstance(state, list):
         return [full(v) for v in state]
-    return state.full_tensor() if isinstance(state, DTensor) else state
+    if isinstance(state, DTensor):
+        state = state.full_tensor().cpu() if rank() == 0 else state.full_tensor()[:0]
+    return state
 
 
 def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
-    join_processes()
+    join_processes(args.device)
     args.data = os.path.abspath(args.data) if args.data else None
     if args.init and not finished(args.init):
         data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
@@ -649,11 +669,14 @@ def run_stage(stage, args, corpus, ahead=()):
         return folder
     torch.manual_seed(args.seed * 10 + ORDER.index(stage))
     device = pick_device(args.device)
-    model = new_model(corpus, args).to(device) if before is None else load_model(before, device)
+    home = torch.device("cpu") if args.shard else device  # where a model is whole
+    model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
     if stage == "read" and not state:
-        measure_units(model, corpus, args.batch, device)
+        measure_units(model, corpus, args.batch, home)
+    same_weights(model)
     if args.shard and stage != "encoder":
-        shard(model)
+        shard(model, device)
+    model.to(device)
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -703,9 +726,10 @@ def run_stage(stage, args, corpus, ahead=()):
                         best = score
                         save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
                 wait()
+            del weights
         if step + 1 == steps or time_to_save(saved, device):
-            state = snapshot(model, opts, step + 1, best, seconds + time.time() - started, device)
-            save(os.path.join(folder, "last.pt"), {**state, "average": average})
+            save(os.path.join(folder, "last.pt"),
+                 {**snapshot(model, opts, step + 1, best, seconds + time.time() - started, device), "average": average})
             saved = time.time()
     wait()
     use_cores(args.workers)

@@ -1518,7 +1518,8 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     weights to 1e-5, with whole models and with --shard (FSDP2); beams, since samples are drawn by each process for itself. Two processes
     that do not share their gradients end elsewhere."""
     here = os.path.dirname(os.path.abspath(__file__))
-    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2", "--muon", "0", "--grpo-muon", "0"]
+    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2", "--muon", "0", "--grpo-muon", "0",
+             "--device", "cpu"]
     monkeypatch.setattr(sft, "use_cores", lambda workers: torch.set_num_threads(1))
     command(tmp_path, "grpo.py", *flags, "--accumulate", "2")
     one = tmp_path / "runs" / "embedded-0"
@@ -1534,7 +1535,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
         assert out.returncode == 0, out.stderr[-2000:]
         assert out.stdout.count("hard: 3 utterances") == 1                     # the first process alone prints
     (alone / "broken.py").write_text("import sft; sft.share_gradients = lambda parameters: None; sft.main()")
-    sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "--muon 0 ").split()
+    sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "--muon 0 --device cpu ").split()
     assert subprocess.run([*launch, "broken.py", *sft_flags], cwd=alone, env=environment, capture_output=True).returncode == 0
 
     def check(folder, stages):
