@@ -1078,7 +1078,7 @@ def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, mon
         parameters = trained_parameters("speech", model)
         monkeypatch.setattr(sft, "step_all", lambda opts, scale: grads.extend(p.grad.flatten() for p in parameters))
         args = argparse.Namespace(G=G, beta=beta, micro=micro, dynamic_sampling=dynamic, updates=1, temperature=1.0, loss_norm=norm,
-                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0, algo="grpo", ce=0.0)
+                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0, algo="grpo", ce=0.0, shard=False)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: 0.0)
         part = frames, lengths, [None] * 3, tokens, n, advantages, varied
         grpo.update(model, tiny_model() if beta else None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
