@@ -317,7 +317,7 @@ TABLES = {
         row("GRPO (WER), beam", f"{E}/beam", "--reward wer --rollout beam -G 6 --rl-name beam"),
         row("GRPO (WER), G 6", f"{E}/G6", "--reward wer -G 6 --rl-name G6"),
         row("GRPO (WER), G 10", f"{E}/G10", "--reward wer -G 10 --rl-name G10")]),
-    "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub", bases=("SFT", "SFT continued"),
+    "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub (other conditions than its sets)", bases=("SFT", "SFT continued"),
               sets={"far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
         *chain(E, "--reward wer", "56.7/16.6/14.6", "38.4/10.3/7.3", ".5/1.7/1.6"),
         row("GRPO (WER)", f"{E}/grpo-wer", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
