@@ -427,6 +427,8 @@ def finished(folder):
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist; what is missing is named with its command, or run."""
     table, seeds = TABLES[args.table], args.seeds.split(",")
+    if not all(s.isdecimal() for s in seeds):
+        data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
     if args.data and args.table == "rba":
         data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
     if args.data:

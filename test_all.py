@@ -1333,6 +1333,7 @@ def test_main_job_in_miniature(tmp_path):
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
+                      ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
         out = command(tmp_path, *argv, code=2)
