@@ -520,7 +520,8 @@ def smooth_power(x):
 
 def degrade(audio, condition, rng, babble=None):
     """Put clean speech, float32 (n,), into a condition: "clean", "hard", "ood", or a part of ood alone, "far" (echo), "babble" or
-    "pauses" (stretches without speech, noise and clicks). Same length, peak below 1. babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
+    "pauses" (stretches without speech, noise and clicks). Same length, peak below 1.
+    babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
     Raises ValueError for another condition."""
     n = len(audio)
     if condition == "clean":
@@ -635,7 +636,7 @@ class Embedded:
         return self.dialogues[(STREAMS[stream] * 7919 + number) % first]
 
     def train_batch(self, stream, k, size):
-        """Batch k of a stream: utterances that no other stream holds and that never come again in this one (dialogues do, in other voices)."""
+        """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
         group = k // GROUP
         if (stream, group, size) not in self.kept:
             first = STREAMS[stream] * 10**7 + group * GROUP * size

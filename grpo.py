@@ -262,7 +262,8 @@ def main():
         data.die(f"--reward {args.reward}: {e}")
     if args.algo in RBA:
         args.G, args.teacher_steps = 1, args.teacher_steps or 600
-        if args.prompts % data.TAKES or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam":
+        unfit = args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
+        if args.prompts % data.TAKES or unfit:
             data.die(f"--algo {args.algo}: --prompts in fours, one update, and no --off-policy, --dynamic-sampling, --overlong or beam")
         if args.data or args.init:
             data.die(f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init")
@@ -298,7 +299,9 @@ def rl_config(args):
                 "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
                 "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
-    return folder, {**{k: getattr(args, k) for k in switches}, **({"accumulate": n} if (n := args.accumulate * sft.world()) > 1 else {}), "before": sft.stage_config("speech", args)}, "--rl-name"
+    config = {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}
+    each = args.accumulate * sft.world()
+    return folder, {**config, **({"accumulate": each} if each > 1 else {})}, "--rl-name"
 
 
 def train(args, corpus):

@@ -56,8 +56,8 @@ from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
-MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon", "shard", "beta", "eps_low",
-               "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
+MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon",
+               "shard", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 
@@ -67,7 +67,7 @@ def add_arguments(p):
     p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
     p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
     p.add_argument("--init", help="a run's stage, runs/NAME/speech: begin with its model in place of the stages before RL")
-    p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: what embedded audio RL and control adapt to")
+    p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: the embedded audio to adapt to")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -216,7 +216,8 @@ def finish_arguments(args):
         data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
     if args.init and not args.name:
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
-    args.name = args.name or "-".join([data.name_of(args.data), *([args.task] if args.task != "asr" else []), *(["taught"] if args.teacher_steps else []), str(args.seed)])
+    task, taught = args.task if args.task != "asr" else "", "taught" if args.teacher_steps else ""
+    args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     if args.control_batches is None:
         args.control_batches = 200 * args.accumulate * world()
@@ -234,7 +235,7 @@ def finish_arguments(args):
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
-        data.die(f"--teacher-steps {args.teacher_steps}: the teacher's sentences are spoken by the synthesiser; leave out --data and --init")
+        data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain)
     for kept in (MADE, HEARD, AHEAD):
@@ -309,8 +310,8 @@ class Log:
 
 def snapshot(model, opts, step, best, seconds, device):
     """All that a loop needs to go on as if nothing had happened; the data's order follows from the step."""
-    return {"configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]), "step": step, "best": best,
-            "seconds": seconds, "rng": torch.get_rng_state(),
+    return {"configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]), "step": step,
+            "best": best, "seconds": seconds, "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
@@ -632,7 +633,8 @@ def stage_config(stage, args):
         return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")},
                 "before": json.loads(Path(args.init, "config.json").read_text())}
     return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
-            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon, "dev_evals": args.dev_evals, "dev_size": args.dev_size,
+            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
+            "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
                if stage == "encoder" else {}),
@@ -771,7 +773,7 @@ def teach(args, corpus):
                 drawn += 256
                 bar.update(min(len(found), args.dialogues) - bar.n)
                 if drawn > 100 * args.dialogues:
-                    data.die(f"{folder}: of {drawn} dialogues {len(found)} were usable and new; give more --teacher-steps or fewer --dialogues")
+                    data.die(f"{folder}: of {drawn} dialogues {len(found)} were usable and new; give more --teacher-steps")
         with open(path + ".tmp", "w") as f:
             f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in list(found.values())[:args.dialogues])
         os.replace(path + ".tmp", path)

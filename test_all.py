@@ -1429,7 +1429,8 @@ def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
     space = next(i for i in range(model.llm.config.vocab) if model.tokenizer.id_to_piece(i) == "\u2581")
     spaced = [model.tokenizer.encode(word) + [space] * 2 for word in test[0].split()]  # the same words, and another hash
     rows = [encode("who is named", text) for text in train[:3] + test] + [
-        [*model.tokenizer.encode("who"), S_BOS, *(i for ids in spaced for i in ids), SYSTEM, EOS], [BOS, S_BOS, *model.tokenizer.encode(train[5]), SYSTEM, EOS]] + [encode("who is named", "nothing of the kind"), [EOS],
+        [*model.tokenizer.encode("who"), S_BOS, *(i for ids in spaced for i in ids), SYSTEM, EOS],
+        [BOS, S_BOS, *model.tokenizer.encode(train[5]), SYSTEM, EOS], encode("who is named", "nothing of the kind"), [EOS],
             model.tokenizer.encode("no end") + [SYSTEM, S_BOS], encode("", train[4])]
     told = iter([(right_pad(rows)), None])
 
@@ -1519,8 +1520,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     weights to 1e-5, with whole models and with --shard (FSDP2); beams, since samples are drawn by each process for itself. Two processes
     that do not share their gradients end elsewhere."""
     here = os.path.dirname(os.path.abspath(__file__))
-    flags = [*SMALL, "--rollout", "beam", "--algo", "dapo", "--reward", "ed", "--beta", "0.1", "--max-draws", "2", "--steps", "2", "--muon", "0", "--grpo-muon", "0",
-             "--device", "cpu"]
+    flags = [*SMALL, *"--rollout beam --algo dapo --reward ed --beta 0.1 --max-draws 2 --steps 2 --muon 0 --grpo-muon 0 --device cpu".split()]
     monkeypatch.setattr(sft, "use_cores", lambda workers: torch.set_num_threads(1))
     command(tmp_path, "grpo.py", *flags, "--accumulate", "2")
     one = tmp_path / "runs" / "embedded-0"
