@@ -1090,6 +1090,25 @@ def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, mon
     assert (gradient(0.0, 3, dynamic=True) - whole).norm() > 0.05 * whole.norm()
 
 
+def test_rba_learns_the_teachers_answer_from_pairs_of_equals_too(monkeypatch):
+    """Through grpo.update: pairs without a preference have no gradient of DPO, and with --ce that of the teacher's answer."""
+    frames, lengths = some_frames()
+    n, tokens = torch.tensor([5, 3, 4, 2, 6, 6]), torch.randint(7, 30, (6, 6), generator=torch.Generator().manual_seed(0))
+
+    def norm(ce, differ):
+        model = tiny_model()
+        parameters, grads = trained_parameters("speech", model), []
+        monkeypatch.setattr(sft, "step_all", lambda opts, scale: grads.extend(float(p.grad.norm()) for p in parameters if p.grad is not None))
+        args = argparse.Namespace(beta=0.1, ce=ce, algo="rba_single", micro=3, updates=1, steps=1, off_policy=None, shard=False,
+                                  dynamic_sampling=False, temperature=1.0)
+        part = frames, lengths, [None] * 3, tokens, n, differ.float()[:, None].expand(3, 2), differ
+        grpo.update(model, None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
+        return sum(grads)
+
+    equals, different = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    assert norm(0.0, equals) == 0 and norm(0.0, different) > 0 and norm(0.2, equals) > 0
+
+
 def test_grpo_wins_a_bandit():
     """One utterance, reward 1 for transcripts that begin with one given token: its probability goes from rare to sure.
 
