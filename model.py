@@ -45,6 +45,7 @@ class LlamaConfig:
 # The shapes of 2509.01939, section III; "8 KV groups" for both; the text says that the 8B ties its embeddings.
 LLAMAS = {
     "tiny": LlamaConfig(),
+    "29m": LlamaConfig(vocab=4096, d=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn=1536, tie=False),  # a laptop's, for eval.py --bench
     "2b": LlamaConfig(vocab=187178, d=2048, n_layers=24, n_heads=16, n_kv_heads=8, ffn=8192, tie=False),
     "8b": LlamaConfig(vocab=187178, d=4096, n_layers=32, n_heads=32, n_kv_heads=8, ffn=16384, tie=True),
 }
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         return k.transpose(1, 2), self.wv(x).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
     def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, start=0):
-        """x (N, T, D); bias broadcasts to (N, 1, 1, T, S) and is added to the scores: 0 or -inf.
+        """x (N, T, D); bias broadcasts to (N, 1, T, S) and is added to the scores: 0 or -inf.
 
         shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
         cache: preallocated keys and values (N, K, longest, hd); positions start .. start + T are written by index.
@@ -117,25 +118,24 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
             k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]                # (N, K, S, hd)
-        R = self.H // self.K
-        q = q.view(N, T, self.K, R, self.hd).permute(0, 2, 3, 1, 4) / math.sqrt(self.hd)  # (N, K, R, T, hd)
-        score = (q.reshape(N, self.K, R * T, self.hd) @ k.transpose(2, 3)).view(N, self.K, R, T, -1) + bias
         if shared is None:
-            mixed = score.float().softmax(-1).to(v.dtype).view(N, self.K, R * T, -1) @ v  # (N, K, R T, hd)
-        else:
-            # The G rows of a group ask the same keys, so their queries lie side by side in one product: the prompt is
-            # neither copied G times nor read G times.
-            pk, pv = shared
-            B, P = pk.shape[0], pk.shape[2]
-            G = N // B
-            side = q.reshape(B, G, self.K, R * T, self.hd).transpose(1, 2).reshape(B, self.K, G * R * T, self.hd)
-            far = side @ pk.transpose(2, 3) + shared_bias                                 # (B, K, G R T, P)
-            far = far.view(B, self.K, G, R, T, P).transpose(1, 2).reshape(N, self.K, R, T, P)
-            weight = torch.cat([far, score], dim=-1).float().softmax(-1).to(v.dtype)      # (N, K, R, T, P + S)
-            far = weight[..., :P].reshape(B, G, self.K, R * T, P).transpose(1, 2).reshape(B, self.K, G * R * T, P)
-            mixed = (far @ pv).view(B, self.K, G, R * T, self.hd).transpose(1, 2).reshape(N, self.K, R * T, self.hd)
-            mixed = mixed + weight[..., P:].reshape(N, self.K, R * T, -1) @ v             # (N, K, R T, hd)
-        mixed = mixed.reshape(N, self.K * R, T, self.hd).transpose(1, 2).reshape(N, T, -1)
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype), enable_gqa=True)  # (N, H, T, hd)
+            return self.wo(mixed.transpose(1, 2).reshape(N, T, -1)), own
+        # The G rows of a group ask the same keys, so their queries lie side by side in one product: the prompt is neither
+        # copied G times nor read G times. The softmax is over prompt and response, in two parts that share their maximum and sum.
+        (pk, pv), R = shared, self.H // self.K
+        B, RT = len(pk), R * T
+        together = lambda x: x.view(B, N // B, self.K, RT, -1).transpose(1, 2).reshape(B, self.K, N // B * RT, -1)
+        apart = lambda x: x.view(B, self.K, N // B, RT, -1).transpose(1, 2).reshape(N, self.K, RT, -1)
+        q = (q / math.sqrt(self.hd)).view(N, T, self.K, R, self.hd).permute(0, 2, 3, 1, 4).reshape(N, self.K, RT, self.hd)
+        near = ((q @ k.transpose(2, 3)).view(N, self.K, R, T, -1) + bias).flatten(2, 3)   # (N, K, R T, S)
+        far = together(q) @ pk.transpose(2, 3) + shared_bias                  # (B, K, G R T, P), the largest tensor here
+        with torch.no_grad():
+            top = torch.maximum(near.amax(-1, keepdim=True), apart(far.amax(-1, keepdim=True))).float()   # (N, K, R T, 1)
+        near, far = (near.float() - top).exp(), far.float().sub_(together(top)).exp_()
+        total = near.sum(-1, keepdim=True) + apart(far.sum(-1, keepdim=True))
+        mixed = (near.to(v.dtype) @ v + apart(far.to(v.dtype) @ pv)) / total              # (N, K, R T, hd)
+        mixed = mixed.to(x.dtype).view(N, self.H, T, self.hd).transpose(1, 2).reshape(N, T, -1)
         return self.wo(mixed), own
 
 
@@ -259,7 +259,7 @@ class SpeechLM(nn.Module):
         bias = causal_bias(P, P, x.device) + pad_bias                          # (B, 1, P, P)
         bias.diagonal(dim1=-2, dim2=-1).zero_()  # a pad sees itself: a row of -inf alone would be NaN
         positions = (torch.arange(P, device=x.device) - (P - length)[:, None]).clamp(min=0)  # (B, P)
-        _, kv = self.llm(x, positions, bias[:, :, None], kv_only=True)
+        _, kv = self.llm(x, positions, bias, kv_only=True)
         return Prompt(kv, pad_bias, length)
 
     def extend(self, tokens, prompt=None, caches=None, start=0):
