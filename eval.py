@@ -14,23 +14,28 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 """
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import os
+import resource
 import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # a CPU's operators, without data
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from encoder import log_mel
-from model import SpeechLM, beam_search, generate
+from encoder import EncoderConfig, log_mel
+from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, Llama, SpeechLM, beam_search, generate, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
 
@@ -477,6 +482,251 @@ def print_paper_table(args):
         print(f"missing: python {command}")
 
 
+# ---------------------------------------------------------------------------------------------- speed
+# Decoder, prompt positions, utterances, G (and beams), new tokens. B's prompt is 30 s of audio; D is for a GPU.
+SHAPES = {"A": ("29m", 200, 4, 8, 40), "B": ("29m", 750, 4, 8, 40), "C": ("tiny", 84, 24, 12, 16), "D": ("2b", 750, 16, 8, 64)}
+
+
+def forward_flops(c, B, P, N, T):
+    """Operations (a multiplication and an addition are two) of the matrix products that nobody can leave out: B prompts of P
+    positions, whose last layer makes keys and values alone, and N responses of T tokens after them; attention only backwards."""
+    width, kv = c.d, 2 * c.d * c.n_kv_heads * (c.d // c.n_heads)
+    layer = 2 * c.d * width + kv + 3 * c.d * c.ffn
+    prompt = 2 * B * P * ((c.n_layers - 1) * layer + kv) + 2 * B * P * (P + 1) * width * (c.n_layers - 1)
+    return prompt + 2 * N * T * (c.n_layers * layer + c.d * c.vocab) + 2 * N * T * (2 * P + T + 1) * width * c.n_layers
+
+
+def clock(run, device, times=3):
+    """Median seconds of run() over a few times, after one that does not count."""
+    taken = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken[1:]))
+
+
+def limits(device):
+    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16), bytes a second of a copy (read
+    and written)."""
+    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
+    a, b, big = torch.randn(n, n, device=device, dtype=kind), torch.randn(n, n, device=device, dtype=kind), torch.empty(2**27, device=device)
+    return 2 * n**3 / clock(lambda: a @ b, device), 2 * big.nbytes / clock(lambda: big.clone(), device)
+
+
+def bench_model(shape):
+    """A speech LM with random weights and this shape's frames (B, T, 128), lengths and, in place of a rollout, tokens (B * G, new)."""
+    name, P, B, G, new = SHAPES[shape]
+    torch.manual_seed(0)
+    model = SpeechLM(EncoderConfig(units=("a",)), LLAMAS[name], train_tokenizer(["a"], 40))
+    frames = torch.randn(B, P - 4 - len(model.tokenizer.encode(INSTRUCTION)), 128)
+    return model, frames, torch.full((B,), frames.shape[1]), torch.randint(7, LLAMAS[name].vocab, (B * G, new))
+
+
+def bench_earshot(shape, device):
+    """Seconds of the parts of one GRPO step, of sampling and beam search, and the peak memory of a step."""
+    model, *data_ = bench_model(shape)
+    model, (frames, lengths, tokens) = model.to(device), [x.to(device) for x in data_]
+    _, P, B, G, new = SHAPES[shape]
+    parameters = [p for part in (model.projection, model.llm) for p in part.parameters()]
+    opt = torch.optim.AdamW(parameters, lr=1e-6)
+    micro = 4 if device.type == "cuda" else B                                  # utterances in one backward pass
+
+    def prefill():
+        return model.prefill(*model.embed_prompt(frames, lengths))
+
+    def rollout(search=False):
+        with autocast(device), torch.no_grad():
+            return beam_search(model, prefill(), G, new) if search else generate(model, prefill(), G, new)
+
+    def learn():
+        for rows in torch.arange(B, device=device).split(micro):
+            y = tokens.view(B, G, new)[rows].flatten(0, 1)
+            with autocast(device):
+                prompt = model.prefill(*model.embed_prompt(frames[rows], lengths[rows]))
+                logp, _ = model.token_logps(y, prompt)
+            advantage = torch.arange(len(y), device=device).cos()[:, None]
+            (-(logp - logp.detach()).exp() * advantage).mean().backward()      # Eq. 3 with one update and beta 0
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
+    rate, copy = limits(device)
+    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}
+    return {**out, "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
+
+
+def peak_memory(device):
+    """Bytes: a GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def as_transformers(llm):
+    """The same decoder, weights and all, as transformers' LlamaForCausalLM: an oracle, and a peer to race."""
+    from transformers import LlamaConfig as PeerConfig, LlamaForCausalLM
+    c = llm.config
+    peer = LlamaForCausalLM(PeerConfig(vocab_size=c.vocab, hidden_size=c.d, intermediate_size=c.ffn, num_hidden_layers=c.n_layers,
+                                       num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, tie_word_embeddings=c.tie,
+                                       rms_norm_eps=c.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+                                       max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD))
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm1": "input_layernorm", "down": "mlp.down_proj",
+             "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "attn": "self_attn", "layers": "model.layers",
+             **{f"w{x}": f"{x}_proj" for x in "qkvo"}}
+    state = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in llm.state_dict().items()}
+    missing, unknown = peer.load_state_dict(state, strict=False)
+    assert not unknown and all(c.tie and key == "lm_head.weight" for key in missing), (missing, unknown)
+    return peer.eval()
+
+
+def bench_transformers(shape, device):
+    """The same sampling and beam search by transformers' generate, from token prompts as long as ours."""
+    _, P, B, G, new = SHAPES[shape]
+    peer = as_transformers(bench_model(shape)[0].llm).to(device)
+    ids = torch.randint(7, peer.config.vocab_size, (B, P), device=device)
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, num_return_sequences=G)
+
+    def run(**how):
+        with torch.no_grad(), autocast(device):
+            peer.generate(ids, **options, **how)
+
+    return {"sample": clock(lambda: run(do_sample=True, top_k=0), device, 2), "beam": clock(lambda: run(do_sample=False, num_beams=G), device, 2),
+            "peak": peak_memory(device)}
+
+
+def bench_trl(shape, device):
+    """A GRPO step of the same size by TRL: prompts, G, lengths, beta 0, one update; the median of steps 2 to 4."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    _, P, B, G, new = SHAPES[shape]
+    peer = as_transformers(bench_model(shape)[0].llm)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(peer.config.vocab_size)}, unk_token="w6"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"w{PAD}", eos_token=f"w{EOS}", bos_token=f"w{BOS}")
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(f"w{i}" for i in rng.integers(7, peer.config.vocab_size, P)) for _ in range(4 * B)]
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kw):
+            marks.append(time.perf_counter())
+
+        on_step_end = on_step_begin
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(folder, per_device_train_batch_size=B * G, num_generations=G, max_completion_length=new, beta=0.0, max_steps=4,
+                            num_iterations=1, loss_type="grpo", gradient_checkpointing=False, bf16=device.type == "cuda", report_to=[],
+                            use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True, top_k=0,
+                            generation_kwargs={"min_new_tokens": new})
+        GRPOTrainer(peer, reward_funcs=lambda completions, **kw: [float(len(set(c))) for c in completions], args=config,
+                    train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()]).train()
+    return {"step": float(np.median([b - a for a, b in zip(marks[2::2], marks[3::2])])), "peak": peak_memory(device)}
+
+
+def bench(shapes, device_name):
+    """Prints the speed of sampling, beam search and a GRPO step, beside the machine's limits and, where they are installed, beside
+    transformers and TRL. Each engine runs in a process of its own, so that the peak memory is its own."""
+    device = pick_device(device_name)
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}. A multiplication and an addition are two operations; of the\n"
+          "products, only those that no program can leave out are counted (the prompt once for G samples, attention only backwards).")
+
+    def run(engine, shape):
+        done = subprocess.run([sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)],
+                              capture_output=True, text=True)
+        last = (done.stdout.strip().splitlines() or [""])[-1]
+        if done.returncode or not last.startswith("{"):
+            print(f"  {engine}: left out ({(done.stderr.strip().splitlines() or ['no output'])[-1][:150]})")
+            return {}
+        return json.loads(last)
+
+    for shape in shapes:
+        name, P, B, G, new = SHAPES[shape]
+        c, N = LLAMAS[name], B * G
+        print(f"\nshape {shape}: {name} decoder, {B} prompts of {P} positions, G {G}, {new} new tokens")
+        ours = run("earshot", shape)
+        if not ours:
+            continue
+        hf, trl = run("transformers", shape), run("trl", shape)
+        work, step = forward_flops(c, B, P, N, new), ours["rollout"] + ours["learn"]
+        share = lambda operations, seconds: f"{100 * operations / seconds / ours['rate']:5.0f}%"
+        gigabytes = lambda peer: f"{peer['peak'] / 1e9:7.2f} GB" if peer else f"{'-':>10}"
+        times = lambda peer, mine: f"{peer / mine:6.1f}x" if peer else "      -"
+        print(f"  matrix products {ours['rate'] / 1e9:.0f} GFLOP/s, copying {ours['copy'] / 1e9:.1f} GB/s")
+        print(f"  {'':<12}{'earshot':>14}{'of the limit':>14}{'peer':>10}{'ratio':>9}")
+        for what, mine, peer, operations in (("sampling", ours["rollout"], hf.get("sample"), work), ("beam search", ours["beam"], hf.get("beam"), work),
+                                             ("learning", ours["learn"], None, 3 * work), ("GRPO step", step, trl.get("step"), 4 * work)):
+            speed = f" {N * new / mine:7.0f} tokens/s" if what in ("sampling", "beam search") else ""
+            print(f"  {what:<12}{mine:12.3f} s{share(operations, mine):>14}{f'{peer:8.3f} s' if peer else '-':>10}{times(peer, mine):>9}{speed}")
+        print(f"  {'peak memory':<12}{ours['peak'] / 1e9:11.2f} GB{'':>14}{gigabytes(trl)}{times(trl.get('peak'), ours['peak']):>9}")
+
+
+def saved_bytes(c, B, P, G, T, kind):
+    """Bytes that the learning phase keeps for its backward pass, and how many of them a layer: counted on tensors without data."""
+    def count(n_layers):
+        model = SpeechLM(EncoderConfig(units=("a",)), dataclasses.replace(c, n_layers=n_layers), train_tokenizer(["a"], 40))
+        x = torch.empty(B, P, c.d, requires_grad=True)
+        weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+        def keep(t):
+            return kept.setdefault(t.untyped_storage()._cdata, t)  # held, lest another tensor gets its number
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long), model.prefill(x, torch.full((B,), P)))
+        return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in weights), graph
+
+    torch.set_default_dtype(kind)
+    with FakeTensorMode():
+        (two, _), (three, _) = count(2), count(3)
+    torch.set_default_dtype(torch.float32)
+    return two + (c.n_layers - 2) * (three - two), three - two
+
+
+def dry_run(c, encoder, B, P, G, T, args, steps_of, reference=False):
+    """Prints what training this decoder takes on --dry-run GPUs like the machine at hand: parameters, memory, time.
+
+    B, P, G, T: utterances of a step and process, prompt positions, responses of each, tokens of a response. encoder: parameters of the
+    frozen encoder. args: micro, accumulate, recompute, shard, muon of the command line. steps_of: "GRPO" or "SFT".
+    """
+    device, n = pick_device(args.device), args.dry_run
+    with torch.device("meta"):
+        decoder = sum(p.numel() for p in Llama(c).parameters())
+    kind, N = torch.bfloat16 if device.type == "cuda" else torch.float32, B * G
+    size, parts = torch.tensor([], dtype=kind).element_size(), n if args.shard else 1
+    micro = min(B, getattr(args, "micro", B))
+    saved, layer = saved_bytes(c, micro, P, G, T, kind)
+    if args.recompute:
+        saved += layer - c.n_layers * (layer - (micro * P + micro * G * T) * c.d * size)
+    chunk = max(1, min(T, 2**26 // (micro * G * c.vocab)))
+    memory = {
+        "frozen encoder, fp32": 4 * encoder, "weights, fp32": 4 * decoder / parts,
+        "a bf16 copy of them": 2 * decoder * (device.type == "cuda"), "gradients, fp32": 4 * decoder / parts,
+        "AdamW's moments, fp32": 8 * decoder / parts, "frozen SFT model, fp32": 4 * decoder / parts * reference,
+        "kept for the backward pass": saved, "logits, fp32": 12 * micro * G * chunk * c.vocab}
+    generating = 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * T) + 4 * decoder * (args.shard and n > 1)
+    print(f"decoder {decoder / 1e6:,.2f}M parameters, encoder {encoder / 1e6:,.2f}M (frozen); a {steps_of} step on {n} x {args.accumulate} x {B} "
+          f"utterances:\n{n * args.accumulate * B * P:,} prompt positions, {n * args.accumulate * N} responses of {T} tokens, "
+          f"{n * args.accumulate * N * T:,} tokens\n\nmemory of each of {n} processes, GB:")
+    for name, amount in memory.items():
+        print(f"  {name:<28}{amount / 1e9:9.3f}")
+    print(f"  {'together':<28}{sum(memory.values()) / 1e9:9.3f}")
+    rate, copy = limits(device)
+    work = args.accumulate * forward_flops(c, B, P, N, T)
+    learn = (4 if args.recompute else 3) * work / rate
+    hear = args.accumulate * 2 * encoder * B * P / rate
+    print(f"\nseconds a step, no less than, at this machine's {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s:")
+    write = max(work / rate, args.accumulate * T * size * decoder / copy) if steps_of == "GRPO" else 0.0
+    for name, seconds in (("hearing", hear), ("rollouts", write), ("learning", learn), ("together", hear + write + learn)):
+        print(f"  {name:<28}{seconds:9.3f}")
+    if write:
+        print(f"  (while it samples a process holds {generating / 1e9:.3f} GB of keys, values{' and gathered weights' if args.shard else ''} instead of "
+              "the last two of the memory's parts)")
+
+
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -485,6 +735,8 @@ def main():
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
     p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
+    p.add_argument("--bench", nargs="?", const="ABC", help="speed and memory, by shape: A and B, a 29M decoder; C, the default's; D, 2B (GPU)")
+    p.add_argument("--engine", choices=["earshot", "transformers", "trl"], help="with --bench SHAPE: measure one, print JSON")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
@@ -500,6 +752,12 @@ def main():
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
+    if args.bench:
+        if set(args.bench) - set(SHAPES):
+            data.die(f"--bench {args.bench}: give some of {', '.join(SHAPES)}")
+        if not args.engine:
+            return bench(args.bench, args.device)
+        return print(json.dumps(globals()[f"bench_{args.engine}"](args.bench, pick_device(args.device))))
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:

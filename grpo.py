@@ -280,6 +280,8 @@ def main():
     corpus = sft.finish_arguments(args)
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
+    if args.dry_run:
+        return sft.print_plan(args, corpus, "GRPO", args.prompts, args.G, bool(args.beta) and not args.ce)
     sft.check_stages(args)
     sft.check_config(*rl_config(args))
     ahead = [("grpo", args.prompts, k) for k in range(sft.rank(), min(args.steps * args.accumulate, AHEAD_MOST) * sft.world(), sft.world())]
@@ -321,6 +323,7 @@ def train(args, corpus):
     reference = read() if args.beta and not args.ce else None
     if reference is not None and args.shard:
         reference.set_reshard_after_forward(True, recurse=False)  # it has no backward pass, after which FSDP would
+    model.llm.recompute = args.recompute
     parameters = sft.trained_parameters("grpo", model)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)

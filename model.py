@@ -168,7 +168,7 @@ class Llama(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.recompute = c, False  # recompute: forget what is inside a layer until the backward pass (checkpointing)
         self.embed = nn.Embedding(c.vocab, c.d)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.d, c.norm_eps)
@@ -190,8 +190,10 @@ class Llama(nn.Module):
         kv = []
         for i, layer in enumerate(self.layers):
             shared = (None, None) if prompt is None else (prompt.kv[i], prompt.bias)
+            inputs = x, rope, bias, *shared, None if caches is None else caches[i], start
             last = kv_only and i + 1 == c.n_layers
-            x, own = layer(x, rope, bias, *shared, None if caches is None else caches[i], start, kv_only=last)
+            again = self.recompute and torch.is_grad_enabled() and not last
+            x, own = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs, kv_only=last)
             kv.append(own)
         return None if kv_only else self.norm(x), kv
 
@@ -278,7 +280,8 @@ class SpeechLM(nn.Module):
         """Log-probabilities (N, T) of targets (N, T) = x_1 .. x_T <EOS>, and the entropy (N, T) there, in nats, fp32.
 
         The decoder is fed <BOS> x_1 .. x_T; padding after <EOS> is seen by nobody before it, so mask it afterwards.
-        Logits exist on the response only; with `chunk`, on that many positions at a time, made again in the backward pass.
+        Logits exist on the response only; where all would take over 256 MB, on `chunk` positions at a time, made again in the
+        backward pass.
         """
         start = torch.full_like(targets[:, :1], BOS)
         hidden = self.extend(torch.cat([start, targets[:, :-1]], dim=1), prompt)          # (N, T, D)
@@ -290,7 +293,8 @@ class SpeechLM(nn.Module):
                 entropy = norm - (logits.softmax(-1) * logits).sum(-1)
             return logits.gather(-1, targets[..., None])[..., 0] - norm, entropy
 
-        if chunk is None:
+        chunk = chunk or max(1, 2**26 // (len(targets) * self.llm.config.vocab))
+        if chunk >= targets.shape[1]:
             return score(hidden, targets)
         parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk, 1), targets.split(chunk, 1))]
         return tuple(torch.cat(p, dim=1) for p in zip(*parts))

@@ -49,15 +49,15 @@ from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import Chunks, autocast, collate, finished, hear_set, load_model, loader, pick_device, shortfall, transcribe
-from model import (BOS, EOS, INSTRUCTION, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, left_pad, load_tokenizer, right_pad,
+from eval import Chunks, autocast, collate, dry_run, finished, hear_set, load_model, loader, pick_device, shortfall, transcribe
+from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, left_pad, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
 MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon",
-               "shard", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
+               "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 
@@ -73,6 +73,9 @@ def add_arguments(p):
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     p.add_argument("--workers", type=int, default=1, help="processes that make or read audio beside the model")
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
+    p.add_argument("--llm", choices=LLAMAS, default="tiny", help="the decoder's shape; its weights begin at random")
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more time")
+    p.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="GPUS", help="print parameters, memory and time a step; train nothing")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: twice the longest of training")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
     p.add_argument("--teacher-steps", type=int, default=0, help="above 0: a teacher invents all that is said and answered (RBA)")
@@ -230,7 +233,7 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
-    if args.shard and (world() == 1 or args.muon or getattr(args, "grpo_muon", 0)):
+    if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
@@ -495,11 +498,13 @@ def tokenizer_of(corpus, args):
         data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
 
 
-def new_model(corpus, args, **shape):
-    """Random weights and a tokenizer of the training texts. shape: of the decoder, where it is not the default."""
+def new_model(corpus, args, device="cpu", **shape):
+    """Random weights and a tokenizer of the training texts. shape: of the decoder, where it is not that of --llm."""
     tokenizer = tokenizer_of(corpus, args)
     units = tuple(sorted({unit for item in corpus.all_texts() for unit in corpus.spell(normalize(item["text"]))}))
-    return SpeechLM(EncoderConfig(units=units), LlamaConfig(vocab=load_tokenizer(tokenizer).get_piece_size(), **shape), tokenizer)
+    llama = dataclasses.replace(LLAMAS[args.llm], vocab=load_tokenizer(tokenizer).get_piece_size(), **shape)
+    with torch.device(device):  # "meta": without weights
+        return SpeechLM(EncoderConfig(units=units), llama, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -536,6 +541,17 @@ def measure_units(model, corpus, size, device):
     label = model.encoder.ctc_head(frames).argmax(-1)                          # (all T,)
     for u in range(len(model.encoder.unit_frames)):
         model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
+
+
+def print_plan(args, corpus, steps_of, B, G=1, reference=False):
+    """--dry-run: parameters, memory and time of a step, with the mean length of 64 training utterances and of their targets."""
+    items = [item for k in range(-(-64 // B)) for item in corpus.train_batch("grpo", k, B)][:64]
+    tokenizer = load_tokenizer(tokenizer_of(corpus, args))
+    lengths = [len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 + len(item["audio"]) // 640 for item in items]
+    T = round(np.mean([len(ids) + 1 for ids in tokenizer.encode([normalize(item["target"]) for item in items])]))
+    model = load_model(args.init) if args.init else new_model(corpus, args, device="meta")
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    dry_run(model.llm.config, encoder, B, round(np.mean(lengths)), G, T, args, steps_of, reference)
 
 
 def unit_numbers(model):
@@ -636,7 +652,7 @@ def stage_config(stage, args):
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
             "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
-            **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(LlamaConfig(vocab=args.vocab))]}
+            **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
                if stage in ("speech", "control") else {}),
@@ -679,6 +695,7 @@ def run_stage(stage, args, corpus, ahead=()):
     if args.shard and stage != "encoder":
         shard(model, device)
     model.to(device)
+    model.llm.recompute = args.recompute
     parameters = trained_parameters(stage, model)
     opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
@@ -834,6 +851,8 @@ def main():
     add_arguments(p)
     args = p.parse_args()
     corpus = finish_arguments(args)
+    if args.dry_run:
+        return print_plan(args, corpus, "SFT", args.batch)
     check_stages(args)
     teach(args, corpus)
     for stage in stages_to(args.stage, args):

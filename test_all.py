@@ -7,6 +7,7 @@ functions that take the thing under test, so that a broken one can be put in its
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -32,7 +35,7 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import agreement, collate, compare, draws_of, mean_change, transcribe, wer_interval
+from eval import agreement, as_transformers, collate, compare, draws_of, forward_flops, mean_change, saved_bytes, transcribe, wer_interval
 from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
@@ -606,6 +609,62 @@ def test_shared_prompt_equals_repeated_prompt_in_values_and_gradients():
     check(run(frames.repeat_interleave(G, 0), lengths.repeat_interleave(G, 0)))
     with pytest.raises(AssertionError):
         check(run(frames.repeat(G, 1, 1), lengths.repeat(G)))
+
+
+def test_llama_is_transformers_llama():
+    """The decoder against an oracle with the same weights, at positions where a wrong rope_theta or pairing of dimensions shows."""
+    pytest.importorskip("transformers")
+    for tie in (True, False):
+        model = tiny_model(tie=tie)
+        tokens = torch.randint(7, 30, (2, 50))
+        with torch.no_grad():
+            ours = model.llm.logits(model.extend(tokens))
+            peer = as_transformers(model.llm)
+            torch.testing.assert_close(ours, peer(tokens).logits, rtol=1e-4, atol=1e-4)
+            peer.model.norm.weight.mul_(1.01)
+            assert (ours - peer(tokens).logits).abs().max() > 1e-3
+
+
+def test_recomputing_layers_changes_no_gradient_and_keeps_less(monkeypatch):
+    """--recompute, and long vocabularies' logits a few positions at a time."""
+    model, tokens = tiny_model(), torch.randint(7, 30, (6, 5))
+
+    def run(recompute):
+        model.zero_grad()
+        model.llm.recompute, kept = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            logp, _ = model.token_logps(tokens, prompt_of(model))
+        logp.square().sum().backward()
+        return sum(kept), [p.grad for p in (*model.llm.parameters(), *model.projection.parameters())]
+
+    (kept, plain), (less, again) = run(False), run(True)
+    torch.testing.assert_close(plain, again)
+    assert less < 0.6 * kept
+    chunks, split = [], torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, size, dim=0: chunks.append(size) or split(x, size, dim))
+    monkeypatch.setattr(model.llm, "config", dataclasses.replace(model.llm.config, vocab=2**22))  # says so, at least
+    torch.testing.assert_close(run(False)[1], plain)
+    assert chunks[-2:] == [2, 2]
+
+
+def test_operations_and_memory_are_counted_right():
+    """forward_flops against torch's own count of what runs; what --dry-run says is kept against what is."""
+    c, B, P, G, T = dataclasses.replace(LLAMAS["tiny"], n_layers=4, vocab=tiny_model().tokenizer.get_piece_size()), 2, 12, 3, 5
+    model = SpeechLM(EncoderConfig(units=("a",)), c, train_tokenizer(TEXTS * 20, 40))
+    x, kept, W = torch.randn(B, P, c.d, requires_grad=True), {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def run():
+        return model.token_logps(torch.randint(7, 30, (B * G, T)), model.prefill(x, torch.full((B,), P)))
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # of a CPU's fused attention it knows nothing
+        run()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        graph = run()
+    ahead = 2 * c.d * (B * P * (P - 1) * (c.n_layers - 1) + B * G * T * (T - 1) * c.n_layers)  # attention forwards: masked, not left out
+    assert counter.get_total_flops() == forward_flops(c, B, P, B * G, T) + ahead
+    real = sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in W)
+    counted = saved_bytes(c, B, P, G, T, torch.float32)[0]
+    assert graph and abs(counted / real - 1) < 0.02, (counted, real)
 
 
 @torch.no_grad()
@@ -1347,6 +1406,8 @@ def test_main_job_in_miniature(tmp_path):
     soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
 
+    out = command(tmp_path, "grpo.py", *SMALL, "--llm", "8b", "--dry-run", "8", "--shard", "--recompute", "--muon", "0", "--grpo-muon", "0")
+    assert "7,78" in out and "memory of each of 8 processes" in out and "learning" in out  # millions of parameters; nothing was made
     (tmp_path / "junk.pt").write_bytes(b"junk")
     for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
