@@ -496,6 +496,18 @@ def forward_flops(c, B, P, N, T):
     return prompt + 2 * N * T * (c.n_layers * layer + c.d * c.vocab) + 2 * N * T * (2 * P + T + 1) * width * c.n_layers
 
 
+def shape_of(name):
+    """A shape by its letter, or as it is written above: 29m,750,4,16,40."""
+    try:
+        llm, *sizes = SHAPES[name] if name in SHAPES else name.split(",")
+        P, B, G, new = map(int, sizes)
+        assert P > 20 and min(B, G, new) > 0 and llm in LLAMAS
+        return llm, P, B, G, new
+    except (AssertionError, ValueError):
+        data.die(f"--bench {name}: give letters of {''.join(SHAPES)}, or DECODER,PROMPT,UTTERANCES,G,NEW such as 29m,750,4,16,40; "
+                 f"decoders: {', '.join(LLAMAS)}")
+
+
 def clock(run, device, times=3):
     """Median seconds of run() over a few times, after one that does not count."""
     taken = []
@@ -518,7 +530,7 @@ def limits(device):
 
 def bench_model(shape):
     """A speech LM with random weights and this shape's frames (B, T, 128), lengths and, in place of a rollout, tokens (B * G, new)."""
-    name, P, B, G, new = SHAPES[shape]
+    name, P, B, G, new = shape_of(shape)
     torch.manual_seed(0)
     model = SpeechLM(EncoderConfig(units=("a",)), LLAMAS[name], train_tokenizer(["a"], 40))
     frames = torch.randn(B, P - 4 - len(model.tokenizer.encode(INSTRUCTION)), 128)
@@ -529,7 +541,7 @@ def bench_earshot(shape, device):
     """Seconds of the parts of one GRPO step, of sampling and beam search, and the peak memory of a step."""
     model, *data_ = bench_model(shape)
     model, (frames, lengths, tokens) = model.to(device), [x.to(device) for x in data_]
-    _, P, B, G, new = SHAPES[shape]
+    _, P, B, G, new = shape_of(shape)
     parameters = [p for part in (model.projection, model.llm) for p in part.parameters()]
     opt = torch.optim.AdamW(parameters, lr=1e-6)
     micro = 4 if device.type == "cuda" else B                                  # utterances in one backward pass
@@ -584,7 +596,7 @@ def as_transformers(llm):
 
 def bench_transformers(shape, device):
     """The same sampling and beam search by transformers' generate, from token prompts as long as ours."""
-    _, P, B, G, new = SHAPES[shape]
+    _, P, B, G, new = shape_of(shape)
     peer = as_transformers(bench_model(shape)[0].llm).to(device)
     ids = torch.randint(7, peer.config.vocab_size, (B, P), device=device)
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, num_return_sequences=G)
@@ -603,7 +615,7 @@ def bench_trl(shape, device):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    _, P, B, G, new = SHAPES[shape]
+    _, P, B, G, new = shape_of(shape)
     peer = as_transformers(bench_model(shape)[0].llm)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(peer.config.vocab_size)}, unk_token="w6"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -635,6 +647,13 @@ def bench(shapes, device_name):
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}. A multiplication and an addition are two operations; of the\n"
           "products, only those that no program can leave out are counted (the prompt once for G samples, attention only backwards).")
 
+    reward_peers = {}
+    with contextlib.suppress(ImportError):
+        import jiwer
+        reward_peers["wer"] = jiwer.wer
+        import sacrebleu
+        reward_peers["bleu"] = lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref])
+
     def run(engine, shape):
         done = subprocess.run([sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)],
                               capture_output=True, text=True)
@@ -645,7 +664,7 @@ def bench(shapes, device_name):
         return json.loads(last)
 
     for shape in shapes:
-        name, P, B, G, new = SHAPES[shape]
+        name, P, B, G, new = shape_of(shape)
         c, N = LLAMAS[name], B * G
         print(f"\nshape {shape}: {name} decoder, {B} prompts of {P} positions, G {G}, {new} new tokens")
         ours = run("earshot", shape)
@@ -662,6 +681,12 @@ def bench(shapes, device_name):
                                              ("learning", ours["learn"], None, 3 * work), ("GRPO step", step, trl.get("step"), 4 * work)):
             speed = f" {N * new / mine:7.0f} tokens/s" if what in ("sampling", "beam search") else ""
             print(f"  {what:<12}{mine:12.3f} s{share(operations, mine):>14}{f'{peer:8.3f} s' if peer else '-':>10}{times(peer, mine):>9}{speed}")
+        refs, hyps = ([" ".join(rng.choice(["one", "two", "three", "four"], 12)) for _ in range(N)] for rng in map(np.random.default_rng, (0, 1)))
+        for metric in ("wer", "bleu"):
+            peer = reward_peers.get(metric)
+            speeds = [N / clock(lambda: [f(r, h) for r, h in zip(refs, hyps)], torch.device("cpu")) for f in (REWARDS[metric], peer) if f]
+            print(f"  reward {metric:<5}{speeds[0]:12.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
+                  + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[metric]} {speeds[1]:.0f} pairs/s" if peer else ""))
         print(f"  {'peak memory':<12}{ours['peak'] / 1e9:11.2f} GB{'':>14}{gigabytes(trl)}{times(trl.get('peak'), ours['peak']):>9}")
 
 
@@ -735,7 +760,8 @@ def main():
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
     p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
-    p.add_argument("--bench", nargs="?", const="ABC", help="speed and memory, by shape: A and B, a 29M decoder; C, the default's; D, 2B (GPU)")
+    p.add_argument("--bench", nargs="?", const="ABC", help="speed and memory, by shape: A and B, a 29M decoder; C, the default's; D, 2B (GPU); "
+                   "or DECODER,PROMPT,UTTERANCES,G,NEW")
     p.add_argument("--engine", choices=["earshot", "transformers", "trl"], help="with --bench SHAPE: measure one, print JSON")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
@@ -753,10 +779,11 @@ def main():
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
     if args.bench:
-        if set(args.bench) - set(SHAPES):
-            data.die(f"--bench {args.bench}: give some of {', '.join(SHAPES)}")
+        shapes = list(args.bench) if args.bench.isalpha() else [args.bench]
+        for shape in shapes:
+            shape_of(shape)
         if not args.engine:
-            return bench(args.bench, args.device)
+            return bench(shapes, args.device)
         return print(json.dumps(globals()[f"bench_{args.engine}"](args.bench, pick_device(args.device))))
     if args.table:
         return print_paper_table(args)

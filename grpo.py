@@ -43,6 +43,7 @@ gradient is not zero. Watch the reward, not the loss.
 Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript with its <EOS>.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -181,7 +182,7 @@ def rollout(model, frames, lengths, items, reward, args):
     if args.off_policy:
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
     hyps = model.decode(tokens, n)
-    refs, reward = [normalize(text) for text in texts for _ in range(args.G)], parse_reward(reward)
+    refs, reward = [normalize(text) for text in texts for _ in range(args.G)], functools.cache(parse_reward(reward))  # many are equal
     scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
         scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
