@@ -1554,7 +1554,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
         out = subprocess.run([*launch, os.path.join(here, "grpo.py"), *flags, *more], cwd=folder, env=environment, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr[-2000:]
         assert out.stdout.count("hard: 3 utterances") == 1                     # the first process alone prints
-    (alone / "broken.py").write_text("import sft; sft.share_gradients = lambda parameters: None; sft.main()")
+    (alone / "broken.py").write_text("import sft; sft.data_parallel = lambda model, parameters: model; sft.main()")
     sft_flags = " ".join(SMALL).replace("--steps 3 --prompts 4 -G 4 ", "--muon 0 --device cpu ").split()
     assert subprocess.run([*launch, "broken.py", *sft_flags], cwd=alone, env=environment, capture_output=True).returncode == 0
 
