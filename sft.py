@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -174,9 +174,13 @@ def shard(model, device):
     for tensor in model.state_dict().values():  # DDP gives every process the first one's weights by itself
         dist.broadcast(tensor, 0)
     mesh = init_device_mesh(torch.device(device).type, (world(),))
+    # On a GPU weights are gathered in bf16: of fp32 ones autocast would make bf16 copies and keep them all for the backward pass.
+    # Activations are left to autocast; cast_forward_inputs would round the rotations and the residual stream.
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    settings = dict(mesh=mesh, mp_policy=bf16 if mesh.device_type == "cuda" else MixedPrecisionPolicy())
     for layer in model.llm.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=set(model.encoder.parameters()))
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings, ignored_params=set(model.encoder.parameters()))
     model.encoder.to(device)
     return model
 
