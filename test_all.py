@@ -1272,14 +1272,15 @@ def test_bad_manifest_lines_end_with_one_clear_line(tmp_path, kind, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and "manifest.jsonl:13" in err
 
 
-def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
+def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "noise.wav").write_bytes(b"this is not audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    for name in ("noise.wav", "empty.wav", "missing.wav"):
+    for name, who, says in (("noise.wav", "0", "error: "), ("empty.wav", "1", "[rank 1] error: "), ("missing.wav", "0", "error: ")):
+        monkeypatch.setenv("RANK", who)
         with pytest.raises(SystemExit) as stop:
             data.load_audio(str(tmp_path / name))
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.count("\n") == 1 and name in err
+        assert stop.value.code == 2 and err.count("\n") == 1 and name in err and err.startswith(says)
 
 
 # --------------------------------------------------------------------------------------------------- the whole
