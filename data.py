@@ -674,8 +674,11 @@ class Embedded:
 
 # ------------------------------------------------------------------------------------------ recorded audio
 def die(message):
-    """Print `error: message` and leave with status 2: what every script here does about bad input."""
-    print(f"error: {message}", file=sys.stderr)
+    """Print `error: message` and leave with status 2: what every script here does about bad input.
+
+    Under torchrun each process says so itself: the first to leave ends the others, perhaps before they could speak for it."""
+    rank = os.environ.get("RANK", "0")
+    print(f"{f'[rank {rank}] ' * (rank != '0')}error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -326,6 +326,7 @@ def train(args, corpus):
         reference.set_reshard_after_forward(True, recurse=False)  # it has no backward pass, after which FSDP would
     model.llm.recompute = args.recompute
     parameters = sft.trained_parameters("grpo", model)
+    parallel = sft.data_parallel(model, parameters)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     drawn = -(-state["drawn"] // sft.world()) if state else 0  # a process's batches; with dynamic sampling not the number of steps
@@ -346,7 +347,7 @@ def train(args, corpus):
         with sft.gathered(model):
             parts = model(lambda model: gather_rollouts(model, supply, args, device, row))
         drawn += len(parts)
-        update(model, reference, opts, parameters, parts, args, row, step, device)
+        update(parallel, reference, opts, parameters, parts, args, row, step, device)
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
@@ -387,7 +388,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                            advantages[rows].flatten(), off, None])
     n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, len(pieces)), device)
     n_real = len(pieces)
-    if args.shard:  # FSDP exchanges in each backward pass, so all need as many: some of nothing
+    if sft.world() > 1:  # DDP exchanges in the last backward pass, FSDP in each, so all need as many: some of nothing
         most = max(int(m) for m in sft.summed([len(pieces) * (r == sft.rank()) for r in range(sft.world())], device))
         nothing = [frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None, None]
         pieces += [[*nothing] for _ in range(most - len(pieces))]
@@ -403,7 +404,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
                 return model.token_logps(tokens, prompt, 1.0 if args.algo in RBA else args.temperature)
 
-            with autocast(device):
+            with sft.sync(model, last=i + 1 == len(pieces)), autocast(device):
                 logp, entropy = model(score)
                 ref = None
                 if reference is not None:
@@ -418,7 +419,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
                                          args.shaping)
             real = float(i < n_real)
-            (loss * real).backward()
+            (loss * (real * sft.world())).backward()  # a sum over the processes, of which DDP and FSDP take the mean
             with torch.no_grad():
                 mask = mask & bool(real)
                 total, held, seen = total + float(loss) * real, held + float(clip) * real, seen + float(mask.sum())
@@ -426,10 +427,9 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 if ref is not None:
                     gap = (ref - logp).masked_fill(~mask, 0.0)
                     kl += float((gap.exp() - gap - 1).sum())
-        if n_pieces:
-            sft.share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps))
+        if n_pieces:  # else there are no gradients, or DDP's zeros, on which AdamW would move
+            sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
     if args.shard and reference is not None:
         reference.reset_iter_state()
     total, held, kl, entropy_sum, seen = sft.summed((total, held, kl, entropy_sum, seen), device)

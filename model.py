@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)  # FSDP's weights are bf16
 
 
 def rotate(x, cos, sin):
@@ -247,7 +247,7 @@ class SpeechLM(nn.Module):
         """
         texts = [text or INSTRUCTION for text in instructions or [None] * len(frames)]
         before = [[USER, BOS, *self.tokenizer.encode(text), S_BOS] for text in texts]
-        embedded = self.llm.embed(torch.tensor([i for ids in before for i in ids] + [SYSTEM], device=frames.device))
+        embedded = self.llm.embed(torch.tensor([i for ids in before for i in ids] + [SYSTEM], device=frames.device)).float()
         *before, after = embedded.split([*map(len, before), 1])
         heard = self.projection(frames)                                        # (B, T, D)
         rows = [torch.cat([b, row[:n], after]) for b, row, n in zip(before, heard, lengths.tolist())]
@@ -274,7 +274,7 @@ class SpeechLM(nn.Module):
         if prompt is not None:
             positions = positions + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]
         bias = causal_bias(T, start + T, tokens.device)
-        return self.llm(self.llm.embed(tokens), positions, bias, prompt, caches, start)[0]
+        return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, start)[0]  # residuals are fp32, under FSDP too
 
     def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):
         """Log-probabilities (N, T) of targets (N, T) = x_1 .. x_T <EOS>, and the entropy (N, T) there, in nats, fp32.

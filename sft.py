@@ -19,10 +19,10 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 (what it brings: LOG.md, 2026-11-21).
 
 Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
-gradients are summed over all, and the first process alone looks at dev, writes and prints. So N processes are one with N times the
---accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself, and anew when a run is
-resumed. With --shard (FSDP2) each keeps but its part of the decoder, of its gradients and of AdamW's moments; all of the weights only
-while it samples.
+gradients are summed over all (DistributedDataParallel), and the first process alone looks at dev, writes and prints. So N processes are
+one with N times the --accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself, and
+anew when a run is resumed. With --shard (FSDP2) each keeps but its part of the decoder, of its gradients and of AdamW's moments; all of
+the weights only while it samples.
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
@@ -43,8 +43,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -154,33 +155,35 @@ def time_to_save(saved, device):
     return summed([float(rank() == 0 and time.time() - saved > SAVE_SECONDS)], device)[0] > 0
 
 
-def share_gradients(parameters):
-    """Sums the gradients over the processes, once a step, whatever number of backward passes each of them had: GRPO's groups
-    without variance have none, which DistributedDataParallel, one exchange in each pass, would wait for in vain."""
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    for p in parameters:
-        if isinstance(p, DTensor) and p.grad is not None:  # FSDP has taken the mean in each backward pass
-            p.grad *= world()
-    if world() > 1 and whole:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole])
-        dist.all_reduce(flat)
-        for p, grad in zip(whole, flat.split([p.numel() for p in whole])):
-            p.grad = grad.view_as(p)
+def data_parallel(model, parameters):
+    """DistributedDataParallel around a model of which `parameters` are trained; with one process, or FSDP, the model as it is. Both
+    give every process the mean of the gradients over all, where our losses want the sum."""
+    if world() == 1 or isinstance(model, FSDPModule):
+        return model
+    model.requires_grad_(False)
+    for p in parameters:  # it waits for the gradients of all that require one
+        p.requires_grad_()
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def same_weights(model):
-    """Gives every process the first one's weights."""
-    if world() > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+def sync(model, last):
+    """The context of a forward pass: with DDP only the `last` backward pass of an optimiser step exchanges gradients. FSDP's all do:
+    what it kept back would be whole."""
+    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def shard(model, device):
     """FSDP2: each process keeps on `device` its part of the decoder and the projection; the encoder, frozen and small, is whole there."""
+    for tensor in model.state_dict().values():  # DDP gives every process the first one's weights by itself
+        dist.broadcast(tensor, 0)
     mesh = init_device_mesh(torch.device(device).type, (world(),))
+    # On a GPU weights are gathered in bf16: of fp32 ones autocast would make bf16 copies and keep them all for the backward pass.
+    # Activations are left to autocast; cast_forward_inputs would round the rotations and the residual stream.
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    settings = dict(mesh=mesh, mp_policy=bf16 if mesh.device_type == "cuda" else MixedPrecisionPolicy())
     for layer in model.llm.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=set(model.encoder.parameters()))
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings, ignored_params=set(model.encoder.parameters()))
     model.encoder.to(device)
     return model
 
@@ -384,13 +387,14 @@ def optimizers(model, parameters, lr, muon):
     return opts
 
 
-def step_all(opts, scale):
-    """One step of every optimiser at `scale` times its peak learning rate; clears the gradients."""
+def step_all(opts, scale, keep=False):
+    """One step of every optimiser at `scale` times its peak learning rate; clears the gradients, or for DDP keeps them, as zeros: they
+    lie in the buffers it exchanges, and new ones would lie beside them."""
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = group["peak"] * scale
         opt.step()
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad(set_to_none=not keep)
 
 
 def cosine(step, steps, warmup):
@@ -691,12 +695,12 @@ def run_stage(stage, args, corpus, ahead=()):
     model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
     if stage == "read" and not state:
         measure_units(model, corpus, args.batch, home)
-    same_weights(model)
     if args.shard and stage != "encoder":
         shard(model, device)
     model.to(device)
     model.llm.recompute = args.recompute
     parameters = trained_parameters(stage, model)
+    parallel = data_parallel(model, parameters)
     opts = optimizers(model, parameters, lr, args.muon)
     first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     log = Log(folder, first)
@@ -718,21 +722,20 @@ def run_stage(stage, args, corpus, ahead=()):
     for step in bar:
         model.train()
         total, tokens = 0.0, 0
-        for _ in range(args.accumulate):
+        for i in range(args.accumulate):
             key, batch = next(supply)
             if stage == "encoder" and not args.spec_augment and key[2] < args.speech_batches:
                 MADE[key] = batch
-            with autocast(device):
-                loss, n = model(lambda model: stage_loss(stage, model, batch, corpus, device))
+            with sync(parallel, last=i + 1 == args.accumulate), autocast(device):
+                loss, n = parallel(lambda model: stage_loss(stage, model, batch, corpus, device))
             loss.backward()
             total, tokens = total + loss.item(), tokens + int(n)
-        share_gradients(parameters)
         total, tokens = summed((total, tokens), device)
-        for parameter in parameters:  # a mean over the tokens of the whole optimiser step, not a mean of means
+        for parameter in parameters:  # the mean over the tokens of the whole optimiser step, from the processes' mean of sums
             if parameter.grad is not None:
-                parameter.grad /= tokens
+                parameter.grad /= tokens / world()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)))
+        step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)), keep=parallel is not model)
         average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
         bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
