@@ -18,6 +18,7 @@ import shutil
 import string
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -1280,6 +1281,29 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys):
             data.load_audio(str(tmp_path / name))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and name in err
+
+
+def test_a_long_manifest_takes_little_memory(tmp_path):
+    """Less than 600 bytes an item, 1,000,000 of them 0.6 GB. The control: without the sharing of strings they take more."""
+    row = {"audio_filepath": "0.wav", "duration": 12.3, "text": "a", "speaker": "a", "split": "train", "lang": "en"}
+    (tmp_path / "0.wav").touch()                                               # never read
+    with open(tmp_path / "manifest.jsonl", "w") as f:
+        for i in range(5000):
+            text = " ".join(f"word{(i + j) % 97}" for j in range(12))
+            f.write(json.dumps({**row, "text": text, "speaker": f"s{i % 100}", "split": ("train", "dev", "test")[i % 3]}) + "\n")
+
+    def size():
+        tracemalloc.start()
+        corpus = data.open_corpus(str(tmp_path), 0)
+        used = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(corpus.data["train"]) + sum(corpus.sets.values()) == 5000
+        return max(used) / 5000
+
+    assert size() < 600
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "sys", argparse.Namespace(intern=lambda string: "".join(list(string))))
+        assert size() > 600
 
 
 # --------------------------------------------------------------------------------------------------- the whole
