@@ -600,6 +600,7 @@ TAKES = 4  # voices in which RBA has each of its dialogues spoken
 STREAMS = {"encoder": 0, "text": 1, "speech": 2, "grpo": 3, "read": 4}     # SFT continued draws GRPO's
 CLEAN_START = 1600  # utterances: CTC finds the alignment sooner where there is no noise
 GROUP = 4  # batches made together and sorted by length, so that little of a batch is padding
+SORTED = 32  # of recorded speech, whose lengths are known before it is read: 89% useful frames on speechocean762, where 4 give 64%
 
 
 class Embedded:
@@ -858,6 +859,7 @@ class Recorded:
         self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
         self.tests = [name for name in self.sets if name != "dev"]
         train = self.data.setdefault("train", [])
+        self.seconds = np.array([item["duration"] for item in train])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
         self.kept = {}
 
@@ -867,12 +869,13 @@ class Recorded:
         return {**item, "audio": load_audio(item["audio_filepath"])}
 
     def shuffle(self, stream, epoch, size):
-        """An epoch's batches of indices into train: shuffled, then sorted by length within GROUP batches."""
-        train, rng = self.data["train"], np.random.default_rng([self.seed, STREAMS[stream], epoch])
-        order = rng.permutation(len(train))
+        """An epoch's batches of indices into train: shuffled, then sorted by length within SORTED batches."""
+        rng = np.random.default_rng([self.seed, STREAMS[stream], epoch])
+        order = rng.permutation(len(self.seconds))
         batches = []
-        for start in range(0, len(order), GROUP * size):
-            group = sorted(order[start:start + GROUP * size], key=lambda i: train[i]["duration"])
+        for start in range(0, len(order), SORTED * size):
+            group = order[start:start + SORTED * size]
+            group = group[np.argsort(self.seconds[group], kind="stable")]
             batches += [group[j:j + size] for j in range(0, len(group), size)]
         return [batches[j] for j in rng.permutation(len(batches))]
 
