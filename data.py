@@ -844,10 +844,10 @@ def read_data(path):
 
 
 class Recorded:
-    """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views, tests as it is."""
+    """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views (views 0: as it is), tests as it is."""
 
-    def __init__(self, path, seed, task="asr", lang="de"):
-        self.seed, self.task = seed, task
+    def __init__(self, path, seed, task="asr", lang="de", views=1):
+        self.seed, self.task, self.views = seed, task, views
         found = read_data(path)
         self.data = {name: [posed for item in items if (posed := pose(item, task, lang))] for name, items in found.items()}
         total, kept = (sum(map(len, splits.values())) for splits in (found, self.data))
@@ -864,9 +864,8 @@ class Recorded:
         self.kept = {}
 
     def item(self, name, i):
-        """Utterance i of a set, with its audio."""
-        item = self.data[name][i]
-        return {**item, "audio": load_audio(item["audio_filepath"])}
+        """Utterance i of a set as it is: audio None, for its features are kept on disk (eval.features)."""
+        return {**self.data[name][i], "audio": None}
 
     def shuffle(self, stream, epoch, size):
         """An epoch's batches of indices into train: shuffled, then sorted by length within SORTED batches."""
@@ -880,14 +879,16 @@ class Recorded:
         return [batches[j] for j in rng.permutation(len(batches))]
 
     def train_batch(self, stream, k, size):
-        """Batch k of a stage's own stream of shuffled epochs, each utterance in a view of its own."""
+        """Batch k of a stage's own stream of shuffled epochs, each utterance in a view of its own, or as it is."""
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
         if (stream, epoch, size) not in self.kept:
             self.kept = {(stream, epoch, size): self.shuffle(stream, epoch, size)}
         items = [self.item("train", i) for i in self.kept[stream, epoch, size][j]]
+        if not self.views:
+            return items
         hard = stream == "grpo"
-        return [{**item, "audio": noisy_view(item["audio"], rng, hard)} for item in items]
+        return [{**item, "audio": noisy_view(load_audio(item["audio_filepath"]), rng, hard)} for item in items]
 
     def texts(self, stream, k, size):
         """Batch k of training items for the stages text and read."""
@@ -929,9 +930,9 @@ def name_of(path):
     return os.path.basename(folder) if name.startswith("manifest.") else name.split(".")[0]
 
 
-def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard"):
+def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard", views=1):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances, as a task poses it."""
-    return Recorded(path, seed, task, lang) if path else Embedded(seed, test_size, task, domain)
+    return Recorded(path, seed, task, lang, views) if path else Embedded(seed, test_size, task, domain)
 
 
 # ----------------------------------------------------------------------------------------------------- CLI
