@@ -15,6 +15,8 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -34,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from encoder import EncoderConfig, log_mel
+from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, log_mel, mel_filters, n_frames
 from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, Llama, SpeechLM, beam_search, generate, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
@@ -64,14 +66,44 @@ def load_model(path, device="cpu"):
     return model.to(device).eval()
 
 
+FEATURES = os.path.join("runs", "features")  # 115 MB an hour of speech
+# What makes features is part of their key, with its code: whoever changes a line of it hears new features, not the old ones.
+RECIPE = (SAMPLE_RATE, WINDOW, HOP, N_FFT, *map(inspect.getsource, (log_mel, mel_filters, n_frames, data.load_audio, data.resample)))
+
+
+def features(path):
+    """Log-mel features (T, M) of an audio file, made once and kept under FEATURES."""
+    if not os.path.exists(path):
+        data.die(f"{path}: no such file; check the path")
+    about = os.stat(path)
+    key = hashlib.sha256(repr((os.path.abspath(path), about.st_size, about.st_mtime_ns, RECIPE)).encode()).hexdigest()
+    file = os.path.join(FEATURES, key[:2], f"{key}.npy")
+    try:
+        return torch.from_numpy(np.load(file))
+    except Exception:  # not there, cut short, or whatever else a broken disk makes of a file
+        pass
+    audio = torch.from_numpy(data.load_audio(path))
+    mel = log_mel(audio[None], torch.tensor([len(audio)]))[0][0]
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(f"{file}.{os.getpid()}.tmp", "wb") as f:
+        np.save(f, mel.numpy())
+    os.replace(f.name, file)
+    return mel
+
+
 def collate(items):
-    """Items with audio (n,) -> mel (B, T, M), lengths (B,) in frames of 10 ms, and the items without their audio."""
-    lengths = torch.tensor([len(item["audio"]) for item in items])
+    """Items with audio (n,), or None for their file as it is -> mel (B, T, M), lengths (B,) in frames of 10 ms, the items without audio."""
+    rest = [{k: v for k, v in item.items() if k != "audio"} for item in items]
     # Up to the next third of a second: fewer shapes, so that the allocator and oneDNN's caches stay small.
+    if items[0]["audio"] is None:
+        rows = [features(item["audio_filepath"]) for item in items]
+        mel = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return torch.nn.functional.pad(mel, (0, 0, 0, -mel.shape[1] % 32)), torch.tensor(list(map(len, rows))), rest
+    lengths = torch.tensor([len(item["audio"]) for item in items])
     audio = torch.zeros(len(items), -(-int(lengths.max()) // 5120) * 5120 + 240)
     for row, item in zip(audio, items):
         row[:len(item["audio"])] = torch.from_numpy(item["audio"])
-    return (*log_mel(audio, lengths), [{k: v for k, v in item.items() if k != "audio"} for item in items])
+    return (*log_mel(audio, lengths), rest)
 
 
 class Chunks(torch.utils.data.Dataset):

@@ -304,7 +304,7 @@ def rl_config(args):
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
     config = {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}
     each = args.accumulate * sft.world()
-    return folder, {**config, **({"accumulate": each} if each > 1 else {})}, "--rl-name"
+    return folder, {**config, **({"accumulate": each} if each > 1 else {}), **({} if args.views else {"views": 0})}, "--rl-name"
 
 
 def train(args, corpus):

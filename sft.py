@@ -57,7 +57,7 @@ from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
-MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "muon", "grpo_muon",
+MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon", "grpo_muon",
                "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
@@ -97,6 +97,8 @@ def add_arguments(p):
     p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
+    p.add_argument("--views", type=int, choices=[0, 1], default=1,
+                   help="recorded training speech in ever new noisy views; 0: as it is recorded, features kept on disk")
     p.add_argument("--shard", action="store_true", help="under torchrun: FSDP2, each process with its part of the decoder")
     p.add_argument("--accumulate", type=int, default=1, help="batches that each process gathers into one optimiser step")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
@@ -236,6 +238,8 @@ def finish_arguments(args):
         data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
+    if not (args.views or args.data):
+        data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if args.dialogues < 10:
@@ -243,7 +247,7 @@ def finish_arguments(args):
     if args.teacher_steps and (args.data or args.init):
         data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
     use_cores(args.workers)
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain)
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain, args.views)
     for kept in (MADE, HEARD, AHEAD):
         kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
@@ -551,7 +555,7 @@ def print_plan(args, corpus, steps_of, B, G=1, reference=False):
     """--dry-run: parameters, memory and time of a step, with the mean length of 64 training utterances and of their targets."""
     items = [item for k in range(-(-64 // B)) for item in corpus.train_batch("grpo", k, B)][:64]
     tokenizer = load_tokenizer(tokenizer_of(corpus, args))
-    lengths = [len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 + len(item["audio"]) // 640 for item in items]
+    lengths = [len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 + int(25 * item["duration"] if args.data else len(item["audio"]) / 640) for item in items]
     T = round(np.mean([len(ids) + 1 for ids in tokenizer.encode([normalize(item["target"]) for item in items])]))
     model = load_model(args.init) if args.init else new_model(corpus, args, device="meta")
     encoder = sum(p.numel() for p in model.encoder.parameters())
@@ -656,6 +660,7 @@ def stage_config(stage, args):
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
             "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
+            **({} if args.views else {"views": 0}),
             **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}

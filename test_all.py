@@ -19,6 +19,7 @@ import shutil
 import string
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -1342,6 +1343,103 @@ def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys, monkeypatch):
         assert stop.value.code == 2 and err.count("\n") == 1 and name in err and err.startswith(says)
 
 
+def test_a_long_manifest_takes_little_memory(tmp_path):
+    """Less than 600 bytes an item, 1,000,000 of them 0.6 GB. The control: without the sharing of strings they take more."""
+    row = {"audio_filepath": "0.wav", "duration": 12.3, "text": "a", "speaker": "a", "split": "train", "lang": "en"}
+    (tmp_path / "0.wav").touch()                                               # never read
+    with open(tmp_path / "manifest.jsonl", "w") as f:
+        for i in range(5000):
+            text = " ".join(f"word{(i + j) % 97}" for j in range(12))
+            f.write(json.dumps({**row, "text": text, "speaker": f"s{i % 100}", "split": ("train", "dev", "test")[i % 3]}) + "\n")
+
+    def size():
+        tracemalloc.start()
+        corpus = data.open_corpus(str(tmp_path), 0)
+        used = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(corpus.data["train"]) + sum(corpus.sets.values()) == 5000
+        return max(used) / 5000
+
+    assert size() < 600
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "sys", argparse.Namespace(intern=lambda string: "".join(list(string))))
+        assert size() > 600
+
+
+def useful(batches):
+    """Of the frames in batches of lengths in samples, padded as collate does, the share that is speech."""
+    frames = lambda n: (n - 240) // 160
+    return sum(frames(n) for batch in batches for n in batch) / sum(len(batch) * 32 * -(-max(batch) // 5120) for batch in batches)
+
+
+def test_batches_by_length_are_hardly_padded(tmp_path):
+    """Recorded speech of 1 to 20 s: at least 85% useful frames, each utterance once an epoch. The embedded corpus sorts only four batches at
+    once, which have to be made first: 76% and more. The controls are the same utterances as they come."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "0.wav").touch()
+    with open(tmp_path / "manifest.jsonl", "w") as f:
+        for seconds in rng.uniform(1, 20, 3000):
+            f.write(json.dumps({"audio_filepath": "0.wav", "duration": seconds, "text": "one", "split": "train"}) + "\n")
+    corpus = data.open_corpus(str(tmp_path), 0)
+    lengths = [int(16000 * item["duration"]) for item in corpus.data["train"]]
+    for size in (12, 24):
+        batches = corpus.shuffle("speech", 0, size)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths))) and len(batches) == math.ceil(len(lengths) / size)
+        assert useful([[lengths[i] for i in batch] for batch in batches]) > 0.85
+        assert useful([lengths[k:k + size] for k in range(0, len(lengths), size)]) < 0.6
+    made = [[len(item["audio"]) for item in data.Embedded(0).train_batch("speech", k, 24)] for k in range(4)]
+    assert useful(made) > 0.75
+    mixed = rng.permutation(np.concatenate(made)).tolist()
+    assert useful([mixed[k:k + 24] for k in range(0, 96, 24)]) < 0.65
+
+
+def test_features_are_kept_on_disk(tmp_path, monkeypatch, capsys):
+    """Recorded speech as it is: the features of any batch to 1e-5, read again from disk; made again when the kept file is broken or
+    the audio, its time or the recipe is another. Views are never kept."""
+    folder = write_corpus(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        audio, rate = soundfile.read(f"{folder}/{i}.wav")
+        soundfile.write(f"{folder}/{i}.wav", audio[:16000 - 1000 * i], rate)
+    corpus, calls = data.open_corpus(folder, 0, views=0), []
+    monkeypatch.setattr("eval.log_mel", lambda *args: calls.append(args) or log_mel(*args))
+
+    def check(corpus, made):
+        """Dev and a training batch are as without a cache, and the features of `made` files were made for that."""
+        calls.clear()
+        for items in ([corpus.item("dev", i) for i in (0, 1)], corpus.train_batch("grpo", 0, 3)):
+            mel, lengths, rest = collate(items)
+            same, n, others = collate([{**item, "audio": data.load_audio(item["audio_filepath"])} for item in items])
+            assert mel.shape == same.shape and torch.equal(lengths, n) and (mel - same).abs().max() < 1e-5 and rest == others
+            assert not any("audio" in item for item in rest)
+        assert len(calls) == 2 + made
+
+    kept = lambda: sorted(tmp_path.glob("runs/features/??/*"))
+    check(corpus, 5)
+    check(corpus, 0)
+    assert len(kept()) == 5 and all(path.suffix == ".npy" for path in kept())
+    kept()[0].write_bytes(kept()[0].read_bytes()[:-10])
+    kept()[1].write_bytes(b"")
+    check(corpus, 2)
+    check(corpus, 0)
+    path = corpus.data["dev"][0]["audio_filepath"]
+    os.utime(path, ns=(0, 0))
+    check(corpus, 1)
+    soundfile.write(path, np.random.default_rng(0).normal(size=5000) / 9, 16000)
+    os.utime(path, ns=(0, 0))                                                  # another size is enough
+    check(corpus, 1)
+    monkeypatch.setattr("eval.RECIPE", "another")
+    check(corpus, 5)
+    seen = len(kept())
+    with pytest.raises(AssertionError):  # a view is another thing each time, so that there is nothing to keep
+        check(data.open_corpus(folder, 0), 0)
+    assert len(kept()) == seen
+    os.remove(path)
+    with pytest.raises(SystemExit):
+        collate([corpus.item("dev", 0)])
+    assert capsys.readouterr().err == f"error: {path}: no such file; check the path\n"
+
+
 # --------------------------------------------------------------------------------------------------- the whole
 SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 7 --speech-batches 5 "
          "--dev-evals 2 --dev-size 4 "
@@ -1412,6 +1510,7 @@ def test_main_job_in_miniature(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
+                      ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
@@ -1768,6 +1867,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
             assert torch.equal(w, weights(name)[key]), key
 
     check("broken")
+    assert "views None, now 0" in command(tmp_path, *argv, "--name", "whole", "--views", "0", code=2)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     run("forgetful", "nothing", 0)
     with pytest.raises(AssertionError):
