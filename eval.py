@@ -556,7 +556,8 @@ def limits(device):
     """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16), bytes a second of a copy (read
     and written)."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    a, b, big = torch.randn(n, n, device=device, dtype=kind), torch.randn(n, n, device=device, dtype=kind), torch.empty(2**27, device=device)
+    a, b = torch.randn(2, n, n, device=device, dtype=kind)
+    big = torch.empty(2**27, device=device)
     return 2 * n**3 / clock(lambda: a @ b, device), 2 * big.nbytes / clock(lambda: big.clone(), device)
 
 
@@ -617,9 +618,9 @@ def as_transformers(llm):
                                        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, tie_word_embeddings=c.tie,
                                        rms_norm_eps=c.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
                                        max_position_embeddings=4096, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD))
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm1": "input_layernorm", "down": "mlp.down_proj",
-             "norm2": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "attn": "self_attn", "layers": "model.layers",
-             **{f"w{x}": f"{x}_proj" for x in "qkvo"}}
+    names = {"embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "head": "lm_head", "attn": "self_attn",
+             "norm1": "input_layernorm", "norm2": "post_attention_layernorm", **{f"w{x}": f"{x}_proj" for x in "qkvo"},
+             **{x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
     state = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in llm.state_dict().items()}
     missing, unknown = peer.load_state_dict(state, strict=False)
     assert not unknown and all(c.tie and key == "lm_head.weight" for key in missing), (missing, unknown)
@@ -637,8 +638,8 @@ def bench_transformers(shape, device):
         with torch.no_grad(), autocast(device):
             peer.generate(ids, **options, **how)
 
-    return {"sample": clock(lambda: run(do_sample=True, top_k=0), device, 2), "beam": clock(lambda: run(do_sample=False, num_beams=G), device, 2),
-            "peak": peak_memory(device)}
+    sample = clock(lambda: run(do_sample=True, top_k=0), device, 2)
+    return {"sample": sample, "beam": clock(lambda: run(do_sample=False, num_beams=G), device, 2)}
 
 
 def bench_trl(shape, device):
@@ -672,54 +673,56 @@ def bench_trl(shape, device):
     return {"step": float(np.median([b - a for a, b in zip(marks[2::2], marks[3::2])])), "peak": peak_memory(device)}
 
 
-def bench(shapes, device_name):
-    """Prints the speed of sampling, beam search and a GRPO step, beside the machine's limits and, where they are installed, beside
-    transformers and TRL. Each engine runs in a process of its own, so that the peak memory is its own."""
-    device = pick_device(device_name)
-    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}. A multiplication and an addition are two operations; of the\n"
-          "products, only those that no program can leave out are counted (the prompt once for G samples, attention only backwards).")
+def run_engine(engine, shape, device):
+    """What bench_ENGINE returns, measured in a process of its own, so that the peak memory is its own; {} and a line if it cannot be."""
+    done = subprocess.run([sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)],
+                          capture_output=True, text=True)
+    if done.returncode:
+        print(f"  {engine} left out: {(done.stderr.strip().splitlines() or ['no output'])[-1][:120]}")
+        return {}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
-    reward_peers = {}
+
+def pairs_a_second(N):
+    """{reward: [ours, its peer's where that is installed]}, over N pairs of 12 words that have little in common."""
+    scorers = {"wer": [REWARDS["wer"]], "bleu": [REWARDS["bleu"]]}
     with contextlib.suppress(ImportError):
         import jiwer
-        reward_peers["wer"] = jiwer.wer
+        scorers["wer"].append(jiwer.wer)
+    with contextlib.suppress(ImportError):
         import sacrebleu
-        reward_peers["bleu"] = lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref])
+        scorers["bleu"].append(lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref]).score)
+    rng = np.random.default_rng(0)
+    pairs = [[" ".join(rng.choice(["one", "two", "three", "four"], 12)) for _ in range(2)] for _ in range(N)]
+    time_of = lambda scorer: clock(lambda: [scorer(*pair) for pair in pairs], torch.device("cpu"))
+    return {name: [N / time_of(scorer) for scorer in both] for name, both in scorers.items()}
 
-    def run(engine, shape):
-        done = subprocess.run([sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)],
-                              capture_output=True, text=True)
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode or not last.startswith("{"):
-            print(f"  {engine}: left out ({(done.stderr.strip().splitlines() or ['no output'])[-1][:150]})")
-            return {}
-        return json.loads(last)
 
+def bench(shapes, device):
+    """Prints the speed of sampling, of beam search and of a GRPO step, as shares of what the machine can multiply and, where they are
+    installed, beside transformers and TRL at the same work."""
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; a multiplication and an addition are two "
+          "operations.\nCounted are the products that no program can leave out: the prompt once for G samples, attention backwards only.")
     for shape in shapes:
         name, P, B, G, new = shape_of(shape)
-        c, N = LLAMAS[name], B * G
+        N = B * G
         print(f"\nshape {shape}: {name} decoder, {B} prompts of {P} positions, G {G}, {new} new tokens")
-        ours = run("earshot", shape)
+        ours, hf, trl = (run_engine(engine, shape, device) for engine in ("earshot", "transformers", "trl"))
         if not ours:
             continue
-        hf, trl = run("transformers", shape), run("trl", shape)
-        work, step = forward_flops(c, B, P, N, new), ours["rollout"] + ours["learn"]
-        share = lambda operations, seconds: f"{100 * operations / seconds / ours['rate']:5.0f}%"
-        gigabytes = lambda peer: f"{peer['peak'] / 1e9:7.2f} GB" if peer else f"{'-':>10}"
-        times = lambda peer, mine: f"{peer / mine:6.1f}x" if peer else "      -"
-        print(f"  matrix products {ours['rate'] / 1e9:.0f} GFLOP/s, copying {ours['copy'] / 1e9:.1f} GB/s")
-        print(f"  {'':<12}{'earshot':>14}{'of the limit':>14}{'peer':>10}{'ratio':>9}")
-        for what, mine, peer, operations in (("sampling", ours["rollout"], hf.get("sample"), work), ("beam search", ours["beam"], hf.get("beam"), work),
-                                             ("learning", ours["learn"], None, 3 * work), ("GRPO step", step, trl.get("step"), 4 * work)):
-            speed = f" {N * new / mine:7.0f} tokens/s" if what in ("sampling", "beam search") else ""
-            print(f"  {what:<12}{mine:12.3f} s{share(operations, mine):>14}{f'{peer:8.3f} s' if peer else '-':>10}{times(peer, mine):>9}{speed}")
-        refs, hyps = ([" ".join(rng.choice(["one", "two", "three", "four"], 12)) for _ in range(N)] for rng in map(np.random.default_rng, (0, 1)))
-        for metric in ("wer", "bleu"):
-            peer = reward_peers.get(metric)
-            speeds = [N / clock(lambda: [f(r, h) for r, h in zip(refs, hyps)], torch.device("cpu")) for f in (REWARDS[metric], peer) if f]
-            print(f"  reward {metric:<5}{speeds[0]:12.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
-                  + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[metric]} {speeds[1]:.0f} pairs/s" if peer else ""))
-        print(f"  {'peak memory':<12}{ours['peak'] / 1e9:11.2f} GB{'':>14}{gigabytes(trl)}{times(trl.get('peak'), ours['peak']):>9}")
+        work, step = forward_flops(LLAMAS[name], B, P, N, new), ours["rollout"] + ours["learn"]
+        beside = lambda mine, peer, unit: f"{peer:10.2f} {unit}{peer / mine:8.1f}x" if peer else ""
+        print(f"  limits: {ours['rate'] / 1e9:.0f} GFLOP/s of matrix products, {ours['copy'] / 1e9:.1f} GB/s of copying\n"
+              f"  {'':<14}{'earshot':>8}{'of the limit':>18}{'peer':>12}{'ratio':>10}")
+        rows = [("sampling", ours["rollout"], hf.get("sample"), work), ("beam search", ours["beam"], hf.get("beam"), work),
+                ("learning", ours["learn"], None, 3 * work), ("GRPO step", step, trl.get("step"), 4 * work)]
+        for what, mine, peer, operations in rows:
+            tokens = f"   {N * new / mine:.0f} tokens/s" if operations == work else ""
+            print(f"  {what:<14}{mine:8.2f} s{100 * operations / mine / ours['rate']:15.0f}%{beside(mine, peer, 's ')}{tokens}")
+        print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl and trl['peak'] / 1e9, 'GB')}")
+        for reward, speeds in pairs_a_second(N).items():
+            print(f"  {'reward ' + reward:<14}{speeds[0]:8.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
+                  + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))
 
 
 def saved_bytes(c, B, P, G, T, kind):
@@ -743,45 +746,40 @@ def saved_bytes(c, B, P, G, T, kind):
     return two + (c.n_layers - 2) * (three - two), three - two
 
 
-def dry_run(c, encoder, B, P, G, T, args, steps_of, reference=False):
-    """Prints what training this decoder takes on --dry-run GPUs like the machine at hand: parameters, memory, time.
+def dry_run(c, encoder, B, P, G, T, args, reference=False):
+    """Prints what training takes on --dry-run GPUs like the one at hand (or CPUs): parameters, memory of each, seconds of a step.
 
-    B, P, G, T: utterances of a step and process, prompt positions, responses of each, tokens of a response. encoder: parameters of the
-    frozen encoder. args: micro, accumulate, recompute, shard, muon of the command line. steps_of: "GRPO" or "SFT".
+    c: the decoder's config; encoder: how many parameters the frozen encoder has; B utterances a batch with prompts of P positions and G
+    responses (1: SFT, which samples none) of T tokens each; reference: whether a frozen SFT model stands beside.
     """
-    device, n = pick_device(args.device), args.dry_run
+    device, n, N = pick_device(args.device), args.dry_run, B * G
     with torch.device("meta"):
         decoder = sum(p.numel() for p in Llama(c).parameters())
-    kind, N = torch.bfloat16 if device.type == "cuda" else torch.float32, B * G
-    size, parts = torch.tensor([], dtype=kind).element_size(), n if args.shard else 1
-    micro = min(B, getattr(args, "micro", B))
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size, share, micro = kind.itemsize, 1 / n if args.shard else 1, min(B, getattr(args, "micro", B))
     saved, layer = saved_bytes(c, micro, P, G, T, kind)
-    if args.recompute:
-        saved += layer - c.n_layers * (layer - (micro * P + micro * G * T) * c.d * size)
-    chunk = max(1, min(T, 2**26 // (micro * G * c.vocab)))
-    memory = {
-        "frozen encoder, fp32": 4 * encoder, "weights, fp32": 4 * decoder / parts,
-        "a bf16 copy of them": 2 * decoder * (device.type == "cuda"), "gradients, fp32": 4 * decoder / parts,
-        "AdamW's moments, fp32": 8 * decoder / parts, "frozen SFT model, fp32": 4 * decoder / parts * reference,
-        "kept for the backward pass": saved, "logits, fp32": 12 * micro * G * chunk * c.vocab}
-    generating = 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * T) + 4 * decoder * (args.shard and n > 1)
-    print(f"decoder {decoder / 1e6:,.2f}M parameters, encoder {encoder / 1e6:,.2f}M (frozen); a {steps_of} step on {n} x {args.accumulate} x {B} "
-          f"utterances:\n{n * args.accumulate * B * P:,} prompt positions, {n * args.accumulate * N} responses of {T} tokens, "
-          f"{n * args.accumulate * N * T:,} tokens\n\nmemory of each of {n} processes, GB:")
+    if args.recompute:  # what comes into each layer, and the inside of one
+        saved += layer - c.n_layers * (layer - micro * (P + G * T) * c.d * 4)
+    logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab
+    cache = 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * T) * (G > 1)
+    memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share,
+              "bf16 copies of them": 2 * decoder * (device.type == "cuda"), "gradients, fp32": 4 * decoder * share,
+              "AdamW's moments, fp32": 8 * decoder * share,
+              "frozen SFT model, fp32": 4 * decoder * share * reference, "rollouts: keys, values": cache,
+              "rollouts: whole weights": 4 * decoder * (args.shard and G > 1), "learning: kept for backward": saved + logits}
+    batches = n * args.accumulate
+    print(f"decoder {decoder / 1e6:,.2f}M parameters, frozen encoder {encoder / 1e6:,.2f}M\n{'GRPO' if G > 1 else 'SFT'} step: {n} process(es) x "
+          f"{args.accumulate} batches x {B} utterances: {batches * B * P:,} prompt positions, {batches * N:,} responses of {T} tokens\n\n"
+          "memory of each process, GB (rollouts and learning take turns)")
     for name, amount in memory.items():
-        print(f"  {name:<28}{amount / 1e9:9.3f}")
-    print(f"  {'together':<28}{sum(memory.values()) / 1e9:9.3f}")
+        print(f"  {name:<28}{amount / 1e9:10.3f}")
     rate, copy = limits(device)
-    work = args.accumulate * forward_flops(c, B, P, N, T)
-    learn = (4 if args.recompute else 3) * work / rate
-    hear = args.accumulate * 2 * encoder * B * P / rate
-    print(f"\nseconds a step, no less than, at this machine's {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s:")
-    write = max(work / rate, args.accumulate * T * size * decoder / copy) if steps_of == "GRPO" else 0.0
-    for name, seconds in (("hearing", hear), ("rollouts", write), ("learning", learn), ("together", hear + write + learn)):
-        print(f"  {name:<28}{seconds:9.3f}")
-    if write:
-        print(f"  (while it samples a process holds {generating / 1e9:.3f} GB of keys, values{' and gathered weights' if args.shard else ''} instead of "
-              "the last two of the memory's parts)")
+    forward = args.accumulate * forward_flops(c, B, P, N, T)
+    seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": (4 if args.recompute else 3) * forward / rate,
+               "rollouts": max(forward / rate, args.accumulate * T * size * decoder / copy) * (G > 1)}
+    print(f"\nseconds of a step, at the least: {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s measured now on this {device.type}")
+    for name, amount in {**seconds, "together": sum(seconds.values())}.items():
+        print(f"  {name:<28}{amount:10.3f}")
 
 
 def main():
@@ -792,8 +790,8 @@ def main():
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
     p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
-    p.add_argument("--bench", nargs="?", const="ABC", help="speed and memory, by shape: A and B, a 29M decoder; C, the default's; D, 2B (GPU); "
-                   "or DECODER,PROMPT,UTTERANCES,G,NEW")
+    p.add_argument("--bench", nargs="?", const="ABC", metavar="SHAPES",
+                   help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (GPU); or DECODER,PROMPT,UTTERANCES,G,NEW")
     p.add_argument("--engine", choices=["earshot", "transformers", "trl"], help="with --bench SHAPE: measure one, print JSON")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
@@ -815,7 +813,7 @@ def main():
         for shape in shapes:
             shape_of(shape)
         if not args.engine:
-            return bench(shapes, args.device)
+            return bench(shapes, pick_device(args.device))
         return print(json.dumps(globals()[f"bench_{args.engine}"](args.bench, pick_device(args.device))))
     if args.table:
         return print_paper_table(args)

@@ -282,7 +282,7 @@ def main():
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     if args.dry_run:
-        return sft.print_plan(args, corpus, "GRPO", args.prompts, args.G, bool(args.beta) and not args.ce)
+        return sft.print_plan(args, corpus, args.prompts, args.G, bool(args.beta) and not args.ce)
     sft.check_stages(args)
     sft.check_config(*rl_config(args))
     ahead = [("grpo", args.prompts, k) for k in range(sft.rank(), min(args.steps * args.accumulate, AHEAD_MOST) * sft.world(), sft.world())]

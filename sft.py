@@ -57,8 +57,9 @@ from rewards import normalize, word_error_rate
 
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
-MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon", "grpo_muon",
-               "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
+MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon",
+               "grpo_muon", "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
+MEASURED = 512  # utterances, of which read's mean frames are made
 SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
 
 
@@ -76,7 +77,7 @@ def add_arguments(p):
     p.add_argument("--vocab", type=int, default=300, help="tokens of the sentencepiece BPE model trained on the texts")
     p.add_argument("--llm", choices=LLAMAS, default="tiny", help="the decoder's shape; its weights begin at random")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more time")
-    p.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="GPUS", help="print parameters, memory and time a step; train nothing")
+    p.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="GPUS", help="print what a step takes, and train nothing")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: twice the longest of training")
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
     p.add_argument("--teacher-steps", type=int, default=0, help="above 0: a teacher invents all that is said and answered (RBA)")
@@ -539,9 +540,9 @@ def listen(model, batch, device, augment):
 @torch.no_grad()
 def measure_units(model, corpus, size, device):
     """Fills encoder.unit_frames (units + 1, D): the mean frame of each unit, as CTC's best path labels the first of
-    the encoder's training utterances, 512 or so (embedded: clean ones). A unit that never wins gets the mean of all."""
+    the encoder's training utterances (embedded: clean ones). A unit that never wins gets the mean of all."""
     frames = []
-    for k in range(max(1, 512 // size)):
+    for k in range(max(1, MEASURED // size)):
         mel, lengths, _ = MADE.get(("encoder", size, k)) or collate(corpus.train_batch("encoder", k, size))
         heard, lengths = model.hear(mel.to(device), lengths.to(device))
         frames += [row[:n] for row, n in zip(heard, lengths.tolist())]
@@ -551,15 +552,16 @@ def measure_units(model, corpus, size, device):
         model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
 
 
-def print_plan(args, corpus, steps_of, B, G=1, reference=False):
+def print_plan(args, corpus, B, G=1, reference=False):
     """--dry-run: parameters, memory and time of a step, with the mean length of 64 training utterances and of their targets."""
     items = [item for k in range(-(-64 // B)) for item in corpus.train_batch("grpo", k, B)][:64]
     tokenizer = load_tokenizer(tokenizer_of(corpus, args))
-    lengths = [len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 + int(25 * item["duration"] if args.data else len(item["audio"]) / 640) for item in items]
+    seconds = np.mean([item["duration"] if args.data else len(item["audio"]) / data.SAMPLE_RATE for item in items])
+    P = round(25 * seconds + np.mean([len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 for item in items]))
     T = round(np.mean([len(ids) + 1 for ids in tokenizer.encode([normalize(item["target"]) for item in items])]))
     model = load_model(args.init) if args.init else new_model(corpus, args, device="meta")
     encoder = sum(p.numel() for p in model.encoder.parameters())
-    dry_run(model.llm.config, encoder, B, round(np.mean(lengths)), G, T, args, steps_of, reference)
+    dry_run(model.llm.config, encoder, B, P, G, T, args, reference)
 
 
 def unit_numbers(model):
@@ -661,7 +663,7 @@ def stage_config(stage, args):
             "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
             **({} if args.views else {"views": 0}),
-            **({"models": [dataclasses.asdict(EncoderConfig(units=())), dataclasses.asdict(dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab))]}
+            **({"models": [*map(dataclasses.asdict, (EncoderConfig(units=()), dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab)))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
                if stage in ("speech", "control") else {}),
@@ -860,7 +862,7 @@ def main():
     args = p.parse_args()
     corpus = finish_arguments(args)
     if args.dry_run:
-        return print_plan(args, corpus, "SFT", args.batch)
+        return print_plan(args, corpus, args.batch)
     check_stages(args)
     teach(args, corpus)
     for stage in stages_to(args.stage, args):
