@@ -763,7 +763,7 @@ def dry_run(c, encoder, B, P, G, T, args, reference=False):
     logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab
     cache = 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * T) * (G > 1)
     memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share,
-              "bf16 copies of them": 2 * decoder * (device.type == "cuda"), "gradients, fp32": 4 * decoder * share,
+              "bf16 copies of them": 2 * decoder * (device.type == "cuda" and not args.shard), "gradients, fp32": 4 * decoder * share,
               "AdamW's moments, fp32": 8 * decoder * share,
               "frozen SFT model, fp32": 4 * decoder * share * reference, "rollouts: keys, values": cache,
               "rollouts: whole weights": 4 * decoder * (args.shard and G > 1), "learning: kept for backward": saved + logits}
