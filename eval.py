@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, log_mel, mel_filters, n_frames
+from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames
 from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, Llama, SpeechLM, beam_search, generate, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
@@ -68,7 +68,8 @@ def load_model(path, device="cpu"):
 
 FEATURES = os.path.join("runs", "features")  # 115 MB an hour of speech
 # What makes features is part of their key, with its code: whoever changes a line of it hears new features, not the old ones.
-RECIPE = (SAMPLE_RATE, WINDOW, HOP, N_FFT, *map(inspect.getsource, (log_mel, mel_filters, n_frames, data.load_audio, data.resample)))
+MAKERS = log_mel, mel_filters, n_frames, length_mask, data.load_audio, data.resample
+RECIPE = (SAMPLE_RATE, WINDOW, HOP, N_FFT, *map(inspect.getsource, MAKERS))
 
 
 def features(path):
@@ -84,17 +85,19 @@ def features(path):
         pass
     audio = torch.from_numpy(data.load_audio(path))
     mel = log_mel(audio[None], torch.tensor([len(audio)]))[0][0]
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    with open(f"{file}.{os.getpid()}.tmp", "wb") as f:
-        np.save(f, mel.numpy())
-    os.replace(f.name, file)
+    with contextlib.suppress(OSError):  # a disk that is full or not ours to write to: made again next time
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as f:
+            np.save(f, mel.numpy())
+        os.replace(f.name, file)
     return mel
 
 
 def collate(items):
-    """Items with audio (n,), or None for their file as it is -> mel (B, T, M), lengths (B,) in frames of 10 ms, the items without audio."""
+    """Items -> mel (B, T, M), lengths (B,) in frames of 10 ms, and the items without `audio`, which is samples (n,), or None: then the
+    features of the item's file, from the disk."""
     rest = [{k: v for k, v in item.items() if k != "audio"} for item in items]
-    # Up to the next third of a second: fewer shapes, so that the allocator and oneDNN's caches stay small.
+    # Padded to the next third of a second, 32 frames: fewer shapes, so that the allocator and oneDNN's caches stay small.
     if items[0]["audio"] is None:
         rows = [features(item["audio_filepath"]) for item in items]
         mel = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -522,10 +525,10 @@ SHAPES = {"A": ("29m", 200, 4, 8, 40), "B": ("29m", 750, 4, 8, 40), "C": ("tiny"
 def forward_flops(c, B, P, N, T):
     """Operations (a multiplication and an addition are two) of the matrix products that nobody can leave out: B prompts of P
     positions, whose last layer makes keys and values alone, and N responses of T tokens after them; attention only backwards."""
-    width, kv = c.d, 2 * c.d * c.n_kv_heads * (c.d // c.n_heads)
-    layer = 2 * c.d * width + kv + 3 * c.d * c.ffn
-    prompt = 2 * B * P * ((c.n_layers - 1) * layer + kv) + 2 * B * P * (P + 1) * width * (c.n_layers - 1)
-    return prompt + 2 * N * T * (c.n_layers * layer + c.d * c.vocab) + 2 * N * T * (2 * P + T + 1) * width * c.n_layers
+    kv = 2 * c.d * c.n_kv_heads * (c.d // c.n_heads)
+    layer = 2 * c.d * c.d + kv + 3 * c.d * c.ffn
+    prompt = 2 * B * P * ((c.n_layers - 1) * layer + kv) + 2 * B * P * (P + 1) * c.d * (c.n_layers - 1)
+    return prompt + 2 * N * T * (c.n_layers * layer + c.d * c.vocab) + 2 * N * T * (2 * P + T + 1) * c.d * c.n_layers
 
 
 def shape_of(name):
@@ -533,11 +536,12 @@ def shape_of(name):
     try:
         llm, *sizes = SHAPES[name] if name in SHAPES else name.split(",")
         P, B, G, new = map(int, sizes)
-        assert P > 20 and min(B, G, new) > 0 and llm in LLAMAS
-        return llm, P, B, G, new
-    except (AssertionError, ValueError):
-        data.die(f"--bench {name}: give letters of {''.join(SHAPES)}, or DECODER,PROMPT,UTTERANCES,G,NEW such as 29m,750,4,16,40; "
-                 f"decoders: {', '.join(LLAMAS)}")
+        if P > 20 and min(B, G, new) > 0 and llm in LLAMAS:
+            return llm, P, B, G, new
+    except ValueError:
+        pass
+    data.die(f"--bench {name}: give letters of {''.join(SHAPES)}, or DECODER,PROMPT,UTTERANCES,G,NEW such as 29m,750,4,16,40; "
+             f"decoders: {', '.join(LLAMAS)}")
 
 
 def clock(run, device, times=3):
@@ -557,8 +561,8 @@ def limits(device):
     and written)."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=kind)
-    big = torch.empty(2**27, device=device)
-    return 2 * n**3 / clock(lambda: a @ b, device), 2 * big.nbytes / clock(lambda: big.clone(), device)
+    source, target = torch.ones(2, 2**26, device=device)  # written to: a page that never was costs more than a copy
+    return 2 * n**3 / clock(lambda: a @ b, device), 2 * source.nbytes / clock(lambda: target.copy_(source), device)
 
 
 def bench_model(shape):
@@ -598,8 +602,8 @@ def bench_earshot(shape, device):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
+    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest comes after
     rate, copy = limits(device)
-    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}
     return {**out, "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
 
 
@@ -643,7 +647,7 @@ def bench_transformers(shape, device):
 
 
 def bench_trl(shape, device):
-    """A GRPO step of the same size by TRL: prompts, G, lengths, beta 0, one update; the median of steps 2 to 4."""
+    """A GRPO step of the same size by TRL: prompts, G, lengths, beta 0, one update; the mean of steps 2 and 3."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -664,7 +668,7 @@ def bench_trl(shape, device):
         on_step_end = on_step_begin
 
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(folder, per_device_train_batch_size=B * G, num_generations=G, max_completion_length=new, beta=0.0, max_steps=4,
+        config = GRPOConfig(folder, per_device_train_batch_size=B * G, num_generations=G, max_completion_length=new, beta=0.0, max_steps=3,
                             num_iterations=1, loss_type="grpo", gradient_checkpointing=False, bf16=device.type == "cuda", report_to=[],
                             use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True, top_k=0,
                             generation_kwargs={"min_new_tokens": new})
@@ -719,16 +723,17 @@ def bench(shapes, device):
         for what, mine, peer, operations in rows:
             tokens = f"   {N * new / mine:.0f} tokens/s" if operations == work else ""
             print(f"  {what:<14}{mine:8.2f} s{100 * operations / mine / ours['rate']:15.0f}%{beside(mine, peer, 's ')}{tokens}")
-        print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl and trl['peak'] / 1e9, 'GB')}")
+        print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl.get('peak', 0) / 1e9, 'GB')}")
         for reward, speeds in pairs_a_second(N).items():
             print(f"  {'reward ' + reward:<14}{speeds[0]:8.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
                   + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))
 
 
-def saved_bytes(c, B, P, G, T, kind):
-    """Bytes that the learning phase keeps for its backward pass, and how many of them a layer: counted on tensors without data."""
-    def count(n_layers):
+def saved_bytes(c, B, P, G, T, kind, recompute=False):
+    """Bytes that the learning phase keeps for its backward pass, bf16 weights among them, counted on tensors without data."""
+    def count(n_layers, recompute):
         model = SpeechLM(EncoderConfig(units=("a",)), dataclasses.replace(c, n_layers=n_layers), train_tokenizer(["a"], 40))
+        model.llm.recompute = recompute
         x = torch.empty(B, P, c.d, requires_grad=True)
         weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
@@ -739,44 +744,44 @@ def saved_bytes(c, B, P, G, T, kind):
             graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long), model.prefill(x, torch.full((B,), P)))
         return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in weights), graph
 
-    torch.set_default_dtype(kind)
-    with FakeTensorMode():
-        (two, _), (three, _) = count(2), count(3)
-    torch.set_default_dtype(torch.float32)
-    return two + (c.n_layers - 2) * (three - two), three - two
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        two, three = (count(n, False)[0] for n in (2, 3))
+        if recompute:  # each layer's inputs, and the inside of one layer at a time
+            inside = three - two
+            two, three = (count(n, True)[0] + inside for n in (2, 3))
+    return two + (c.n_layers - 2) * (three - two)
 
 
-def dry_run(c, encoder, B, P, G, T, args, reference=False):
+def dry_run(c, encoder, B, P, G, T, args, samples=True, reference=False):
     """Prints what training takes on --dry-run GPUs like the one at hand (or CPUs): parameters, memory of each, seconds of a step.
 
     c: the decoder's config; encoder: how many parameters the frozen encoder has; B utterances a batch with prompts of P positions and G
-    responses (1: SFT, which samples none) of T tokens each; reference: whether a frozen SFT model stands beside.
+    responses of T tokens each; samples: whether there are rollouts; reference: whether a frozen SFT model stands beside.
     """
     device, n, N = pick_device(args.device), args.dry_run, B * G
     with torch.device("meta"):
         decoder = sum(p.numel() for p in Llama(c).parameters())
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
     size, share, micro = kind.itemsize, 1 / n if args.shard else 1, min(B, getattr(args, "micro", B))
-    saved, layer = saved_bytes(c, micro, P, G, T, kind)
-    if args.recompute:  # what comes into each layer, and the inside of one
-        saved += layer - c.n_layers * (layer - micro * (P + G * T) * c.d * 4)
-    logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab
-    cache = 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * T) * (G > 1)
-    memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share,
-              "bf16 copies of them": 2 * decoder * (device.type == "cuda" and not args.shard), "gradients, fp32": 4 * decoder * share,
-              "AdamW's moments, fp32": 8 * decoder * share,
-              "frozen SFT model, fp32": 4 * decoder * share * reference, "rollouts: keys, values": cache,
-              "rollouts: whole weights": 4 * decoder * (args.shard and G > 1), "learning: kept for backward": saved + logits}
+    ends = c.vocab * c.d * (1 if c.tie else 2)                                 # embedding and head, which FSDP gathers for a whole pass
+    logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab      # fp32: themselves, softmax, gradient
+    memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share, "gradients, fp32": 4 * decoder * share,
+              "AdamW's moments, fp32": 8 * decoder * share, "frozen SFT model, fp32": 4 * decoder * share * reference,
+              "rollouts: keys, values": 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * args.max_new) * samples,
+              "rollouts: gathered weights": size * decoder * (args.shard and samples),
+              "learning: gathered weights": size * ends * args.shard,
+              "learning: kept for backward": saved_bytes(c, micro, P, G, T, kind, args.recompute) + logits}
     batches = n * args.accumulate
-    print(f"decoder {decoder / 1e6:,.2f}M parameters, frozen encoder {encoder / 1e6:,.2f}M\n{'GRPO' if G > 1 else 'SFT'} step: {n} process(es) x "
-          f"{args.accumulate} batches x {B} utterances: {batches * B * P:,} prompt positions, {batches * N:,} responses of {T} tokens\n\n"
+    print(f"decoder {decoder / 1e6:,.2f}M parameters, frozen encoder {encoder / 1e6:,.2f}M\na step: {n} process(es) x {args.accumulate} "
+          f"batch(es) x {B} utterances: {batches * B * P:,} prompt positions, {batches * N:,} responses of {T} tokens\n\n"
           "memory of each process, GB (rollouts and learning take turns)")
     for name, amount in memory.items():
         print(f"  {name:<28}{amount / 1e9:10.3f}")
     rate, copy = limits(device)
     forward = args.accumulate * forward_flops(c, B, P, N, T)
-    seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": (4 if args.recompute else 3) * forward / rate,
-               "rollouts": max(forward / rate, args.accumulate * T * size * decoder / copy) * (G > 1)}
+    passes = (3 + args.recompute + reference) * getattr(args, "updates", 1)    # a backward pass costs two forward ones
+    seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": passes * forward / rate,
+               "rollouts": max(forward / rate, args.accumulate * T * size * decoder / copy) * samples}
     print(f"\nseconds of a step, at the least: {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s measured now on this {device.type}")
     for name, amount in {**seconds, "together": sum(seconds.values())}.items():
         print(f"  {name:<28}{amount:10.3f}")
@@ -814,7 +819,8 @@ def main():
             shape_of(shape)
         if not args.engine:
             return bench(shapes, pick_device(args.device))
-        return print(json.dumps(globals()[f"bench_{args.engine}"](args.bench, pick_device(args.device))))
+        engine = {"earshot": bench_earshot, "transformers": bench_transformers, "trl": bench_trl}[args.engine]
+        return print(json.dumps(engine(args.bench, pick_device(args.device))))
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:

@@ -275,14 +275,11 @@ def main():
     elif args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
-    if args.control_batches is None:
-        sft.join_processes(args.device)
-        args.control_batches = args.steps * args.accumulate * sft.world()
     corpus = sft.finish_arguments(args)
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     if args.dry_run:
-        return sft.print_plan(args, corpus, args.prompts, args.G, bool(args.beta) and not args.ce)
+        return sft.print_plan(args, corpus, args.prompts, args.G, reference=bool(args.beta) and not args.ce)
     sft.check_stages(args)
     sft.check_config(*rl_config(args))
     ahead = [("grpo", args.prompts, k) for k in range(sft.rank(), min(args.steps * args.accumulate, AHEAD_MOST) * sft.world(), sft.world())]
@@ -330,6 +327,7 @@ def train(args, corpus):
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
     first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
     drawn = -(-state["drawn"] // sft.world()) if state else 0  # a process's batches; with dynamic sampling not the number of steps
+    del state
     log = sft.Log(folder, first)
     dev = sft.dev_set("speech", model, corpus, args) if sft.rank() == 0 else []
     dev_refs = [item["target"] for item in dev]
@@ -351,20 +349,15 @@ def train(args, corpus):
         bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
                         kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
-            weights = sft.full(model.state_dict())
-            with sft.gathered(model):
-                if sft.rank() == 0:
-                    row["dev"] = shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
-                    if row["dev"] <= best:
-                        best = row["dev"]
-                        sft.save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
-                sft.wait()
-            del weights
+            score = lambda: shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
+            row["dev"], best = sft.look_at_dev(model, folder, best, score)
         log(step=step + 1, seconds=seconds + time.time() - started, **row)
         if step + 1 == args.steps or sft.time_to_save(saved, device):
-            sft.save(os.path.join(folder, "last.pt"), {**sft.snapshot(model, opts, step + 1, best, seconds + time.time() - started, device),
-                                                       "drawn": drawn * sft.world()})
-            saved = time.time()
+            began = time.time()
+            state = sft.snapshot(model, opts, step + 1, best, seconds + began - started, device)
+            sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn * sft.world()})
+            saved = time.time() + sft.SAVE_SECONDS * (time.time() - began)
+            state = None
     sft.wait()
     sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
     return folder
@@ -380,7 +373,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         G = len(n) // len(frames)
         n_sequences += int(counted.sum()) * G
         n_tokens += int((n.view(-1, G).sum(1) * counted).sum())
-        keep = counted if args.ce or args.beta and args.algo not in RBA else varied
+        keep = counted if args.ce or (args.beta and args.algo not in RBA) else varied
         for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
             each = (rows[:, None] * G + torch.arange(G, device=device)).flatten()
             off = each % G == G - 1 if args.off_policy == "reference" else None
@@ -390,6 +383,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
     n_real = len(pieces)
     if sft.world() > 1:  # DDP exchanges in the last backward pass, FSDP in each, so all need as many: some of nothing
         most = max(int(m) for m in sft.summed([len(pieces) * (r == sft.rank()) for r in range(sft.world())], device))
+        frames, lengths, asked, tokens, n, advantages, _ = parts[-1]
+        G = len(n) // len(frames)
         nothing = [frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None, None]
         pieces += [[*nothing] for _ in range(most - len(pieces))]
     model.train()
@@ -413,7 +408,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             if args.algo in RBA:
-                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / (n_sequences / G), 0
+                pairs = n_sequences / G
+                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / pairs, 0
             else:
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
                 loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,

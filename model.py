@@ -7,7 +7,7 @@
 idea of this file: everything to its left is the same for the G samples of a group, so `SpeechLM.prefill` runs it once
 and returns its keys and values, and the responses' attention reads those where they are. Sampling, beam search, SFT
 and the policy loss (with gradient) all go through the same two functions, `prefill` and `extend`; therefore the
-log-probabilities of a rollout are those of training.
+log-probabilities of a rollout are those of training, to rounding.
 
 The decoder is Llama 3's (2407.21783): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return k.transpose(1, 2), self.wv(x).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
     def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, start=0):
-        """x (N, T, D); bias broadcasts to (N, 1, T, S) and is added to the scores: 0 or -inf.
+        """x (N, T, D); bias (T, S), without a shared prompt also (N, 1, T, S), is added to the scores: 0 or -inf.
 
         shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
         cache: preallocated keys and values (N, K, longest, hd); positions start .. start + T are written by index.
@@ -119,10 +119,12 @@ class Attention(nn.Module):
             cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
             k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]                # (N, K, S, hd)
         if shared is None:
-            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype), enable_gqa=True)  # (N, H, T, hd)
+            k, v = (y.repeat_interleave(self.H // self.K, 1) for y in (k, v))  # enable_gqa and a mask are not fused on a GPU
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype))    # (N, H, T, hd)
             return self.wo(mixed.transpose(1, 2).reshape(N, T, -1)), own
-        # The G rows of a group ask the same keys, so their queries lie side by side in one product: the prompt is neither
-        # copied G times nor read G times. The softmax is over prompt and response, in two parts that share their maximum and sum.
+        # The G rows of an utterance ask the same prompt, so their queries are stacked: `together` makes (B, K, G R T, x) of
+        # (N, K, R T, x), `apart` undoes it. So the prompt is neither copied nor read G times. One softmax over prompt (far) and
+        # response (near) is exp(score - top) / total, with a top and a total over both; top cancels, and needs no gradient.
         (pk, pv), R = shared, self.H // self.K
         B, RT = len(pk), R * T
         together = lambda x: x.view(B, N // B, self.K, RT, -1).transpose(1, 2).reshape(B, self.K, N // B * RT, -1)
@@ -260,6 +262,8 @@ class SpeechLM(nn.Module):
         pad_bias = torch.zeros(real.shape, device=x.device).masked_fill(~real, -math.inf)[:, None, None]  # (B, 1, 1, P)
         bias = causal_bias(P, P, x.device) + pad_bias                          # (B, 1, P, P)
         bias.diagonal(dim1=-2, dim2=-1).zero_()  # a pad sees itself: a row of -inf alone would be NaN
+        if torch.is_autocast_enabled(x.device.type):
+            bias = bias.to(torch.get_autocast_dtype(x.device.type))  # once, not in each layer
         positions = (torch.arange(P, device=x.device) - (P - length)[:, None]).clamp(min=0)  # (B, P)
         _, kv = self.llm(x, positions, bias, kv_only=True)
         return Prompt(kv, pad_bias, length)

@@ -60,7 +60,7 @@ TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape
 MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon",
                "grpo_muon", "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 MEASURED = 512  # utterances, of which read's mean frames are made
-SAVE_SECONDS = 20  # between two checkpoints: the training that an interruption costs at most; what was heard is heard again
+SAVE_SECONDS = 20  # between two checkpoints, and 20 times what saving takes: lost in an interruption, but for what was heard
 
 
 def add_arguments(p):
@@ -170,14 +170,14 @@ def data_parallel(model, parameters):
 
 
 def sync(model, last):
-    """The context of a forward pass: with DDP only the `last` backward pass of an optimiser step exchanges gradients. FSDP's all do:
-    what it kept back would be whole."""
+    """The context of a forward pass: with DDP only the `last` backward pass of an optimiser step exchanges gradients. FSDP exchanges in
+    all of them: to wait would mean to keep whole gradients."""
     return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def shard(model, device):
     """FSDP2: each process keeps on `device` its part of the decoder and the projection; the encoder, frozen and small, is whole there."""
-    for tensor in model.state_dict().values():  # DDP gives every process the first one's weights by itself
+    for tensor in model.state_dict().values():  # DDP gives every process the first one's weights when it is made, FSDP does not
         dist.broadcast(tensor, 0)
     mesh = init_device_mesh(torch.device(device).type, (world(),))
     # On a GPU weights are gathered in bf16: of fp32 ones autocast would make bf16 copies and keep them all for the backward pass.
@@ -203,7 +203,7 @@ def gathered(model):
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP's own choice
     if parts:
-        model.reset_iter_state()  # lets go of the weights and forgets the calls: what one process did alone is in no other's plan
+        model.reset_iter_state()  # lets go of the weights and forgets the calls, unlike in each process; no gradient is under way
 
 
 def full(state):
@@ -229,7 +229,7 @@ def finish_arguments(args):
     args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     if args.control_batches is None:
-        args.control_batches = 200 * args.accumulate * world()
+        args.control_batches = getattr(args, "steps", 200) * args.accumulate * world()
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
             data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
@@ -298,7 +298,7 @@ def open_run(folder, config, remedy="--name"):
         os.replace(path + ".tmp", path)
     wait()
     last = os.path.join(folder, "last.pt")
-    return torch.load(last, map_location="cpu", weights_only=False) if os.path.exists(last) else None
+    return torch.load(last, map_location="cpu", weights_only=False, mmap=True) if os.path.exists(last) else None  # read when looked at
 
 
 class Log:
@@ -324,6 +324,19 @@ def snapshot(model, opts, step, best, seconds, device):
     return {"configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]), "step": step,
             "best": best, "seconds": seconds, "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def look_at_dev(model, folder, best, score):
+    """score() by the first process, with all of the weights at hand; of equals the later is kept as best.pt -> the score, the best."""
+    weights, found = full(model.state_dict()), math.nan
+    with gathered(model):
+        if rank() == 0:
+            found = score()
+            if found <= best:
+                best = found
+                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
+        wait()
+    return found, best
 
 
 @torch.no_grad()
@@ -552,7 +565,7 @@ def measure_units(model, corpus, size, device):
         model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
 
 
-def print_plan(args, corpus, B, G=1, reference=False):
+def print_plan(args, corpus, B, G=1, **kw):
     """--dry-run: parameters, memory and time of a step, with the mean length of 64 training utterances and of their targets."""
     items = [item for k in range(-(-64 // B)) for item in corpus.train_batch("grpo", k, B)][:64]
     tokenizer = load_tokenizer(tokenizer_of(corpus, args))
@@ -561,7 +574,7 @@ def print_plan(args, corpus, B, G=1, reference=False):
     T = round(np.mean([len(ids) + 1 for ids in tokenizer.encode([normalize(item["target"]) for item in items])]))
     model = load_model(args.init) if args.init else new_model(corpus, args, device="meta")
     encoder = sum(p.numel() for p in model.encoder.parameters())
-    dry_run(model.llm.config, encoder, B, P, G, T, args, reference)
+    dry_run(model.llm.config, encoder, B, P, G, T, args, **kw)
 
 
 def unit_numbers(model):
@@ -726,6 +739,7 @@ def run_stage(stage, args, corpus, ahead=()):
     bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps, disable=rank() > 0)
     started = saved = time.time()
     average = state["average"] if state else None
+    del state  # of a large model some GB
     for step in bar:
         model.train()
         total, tokens = 0.0, 0
@@ -746,20 +760,14 @@ def run_stage(stage, args, corpus, ahead=()):
         average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
         bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
         if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
-            weights = full(model.state_dict())
-            with gathered(model):
-                if rank() == 0:
-                    score = dev_score(stage, model, dev, corpus, device, args.max_new)
-                    log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
-                    if score <= best:  # as in GRPO: of equals the later
-                        best = score
-                        save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
-                wait()
-            del weights
+            score, best = look_at_dev(model, folder, best, lambda: dev_score(stage, model, dev, corpus, device, args.max_new))
+            log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
         if step + 1 == steps or time_to_save(saved, device):
-            save(os.path.join(folder, "last.pt"),
-                 {**snapshot(model, opts, step + 1, best, seconds + time.time() - started, device), "average": average})
-            saved = time.time()
+            began = time.time()
+            now = snapshot(model, opts, step + 1, best, seconds + began - started, device)
+            save(os.path.join(folder, "last.pt"), {**now, "average": average})
+            del now
+            saved = time.time() + SAVE_SECONDS * (time.time() - began)
     wait()
     use_cores(args.workers)
     for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
@@ -862,7 +870,7 @@ def main():
     args = p.parse_args()
     corpus = finish_arguments(args)
     if args.dry_run:
-        return print_plan(args, corpus, args.batch)
+        return print_plan(args, corpus, args.batch, samples=False)
     check_stages(args)
     teach(args, corpus)
     for stage in stages_to(args.stage, args):
