@@ -5,6 +5,7 @@
     python eval.py --ckpt runs/embedded-0/grpo-wer --against runs/embedded-0/speech      # the two, pairwise
     python eval.py --ckpt runs/embedded-0/grpo-wer my.wav                   # what does it hear?
     python eval.py --table 2 --run                                          # a paper's table in miniature: 2 3 4 sqa ast rewards rba
+    python eval.py --bench                                                  # speed and memory, beside transformers and TRL if installed
 
 WER is the corpus's: all edits over all reference words, on normalised text (rewards.normalize), in percent. An
 interval is the 95% bootstrap over utterances (Bisani and Ney, ICASSP 2004): draw as many utterances with replacement,
@@ -679,8 +680,12 @@ def bench_trl(shape, device):
 
 def run_engine(engine, shape, device):
     """What bench_ENGINE returns, measured in a process of its own, so that the peak memory is its own; {} and a line if it cannot be."""
-    done = subprocess.run([sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)],
-                          capture_output=True, text=True)
+    command = [sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    except subprocess.TimeoutExpired:
+        print(f"  {engine} left out: not done after 20 minutes")
+        return {}
     if done.returncode:
         print(f"  {engine} left out: {(done.stderr.strip().splitlines() or ['no output'])[-1][:120]}")
         return {}
