@@ -1052,7 +1052,7 @@ def test_token_loss_counts_over_the_whole_step():
             n = int(lengths.sum()) if count == "step" else 2 * int(lengths[half].sum())
             weight = token_weight("token", lengths[half], 8, n, 6)
             loss = loss + policy_loss(logp[half], old[half], None, advantages[half], mask[half], weight, 0, 0.2, 0.28)[0]
-        return float(loss)
+        return loss.item()
 
     weight = token_weight("token", lengths, 8, int(lengths.sum()), 6)
     expected = policy_loss(logp, old, None, advantages, mask, weight, 0, 0.2, 0.28)[0].item()
