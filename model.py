@@ -369,13 +369,13 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
             said = torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens[:, :t], True)
             logits = torch.where(said, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
         if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)                            # (N, 1)
+            p, token = logits.softmax(-1), logits.argmax(-1, keepdim=True)
         else:
-            logits = filter_logits(logits / temperature, top_k, top_p, min_p)
-            # The largest p_i / e_i with e_i ~ Exp(1) is i with probability p_i, without a host synchronisation.
-            p = logits.softmax(-1)
-            token = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
-        logp = logits.log_softmax(-1).gather(1, token)[:, 0]
+            p = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)      # (N, V)
+            # The token in whose stretch of the summed probabilities a number from (0, 1] falls: never one of probability 0.
+            edge = p.cumsum(-1)
+            token = torch.searchsorted(edge, edge[:, -1:] * (1 - torch.rand(N, 1, device=device)))
+        logp = p.gather(1, token)[:, 0].log()
         token = token.masked_fill(done[:, None], PAD)
         tokens[:, t], logps[:, t] = token[:, 0], logp.masked_fill(done, 0.0)
         lengths += ~done  # counted, not read off the tokens: nothing forbids a model to write <PAD> itself
