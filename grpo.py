@@ -346,8 +346,9 @@ def train(args, corpus):
             parts = model(lambda model: gather_rollouts(model, supply, args, device, row))
         drawn += len(parts)
         update(parallel, reference, opts, parameters, parts, args, row, step, device)
-        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}",
-                        kl=f"{row['kl']:.3f}", dev=f"{best:.2f}")
+        kl = {"kl": f"{row['kl']:.3f}"} if args.beta else {}
+        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}", **kl,
+                        dev=f"{best:.2f}")
         if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
             score = lambda: shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
             row["dev"], best = sft.look_at_dev(model, folder, best, score)

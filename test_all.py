@@ -36,10 +36,12 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import agreement, as_transformers, collate, compare, draws_of, forward_flops, mean_change, saved_bytes, transcribe, wer_interval
+from eval import agreement, as_transformers, bench_earshot, collate, compare, draws_of, forward_flops, mean_change, saved_bytes
+from eval import bench as eval_bench
 from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
+from eval import transcribe, wer_interval
 from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
                    filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
@@ -668,6 +670,22 @@ def test_operations_and_memory_are_counted_right():
     assert saved_bytes(c, B, 9 * P, G, T, torch.float32, recompute=True) < 0.8 * saved_bytes(c, B, 9 * P, G, T, torch.float32)
     assert saved_bytes(c, B, 9 * P, G, T, torch.bfloat16) < 0.9 * saved_bytes(c, B, 9 * P, G, T, torch.float32)
     assert graph and abs(counted / real - 1) < 0.02, (counted, real)
+
+
+def test_bench_divides_what_it_measured(monkeypatch, capsys):
+    """--bench's shares of the limit and ratios, from given seconds; and its own engine, which has to run."""
+    took = {"earshot": dict(rollout=1.0, learn=2.0, beam=0.5, peak=1e9, rate=1e7, copy=1e9),
+            "transformers": dict(sample=4.0, beam=1.5), "trl": dict(step=12.0, peak=5e9)}
+    monkeypatch.setattr("eval.run_engine", lambda engine, shape, device: took[engine])
+    eval_bench(["tiny,30,2,2,4"], torch.device("cpu"))
+    lines = {line[:16].strip(): line for line in capsys.readouterr().out.splitlines()}
+    work = 100 * forward_flops(LLAMAS["tiny"], 2, 30, 4, 4) / 1e7              # percent of a second's limit
+    for name, share, ratio in (("sampling", work, 4), ("beam search", work / 0.5, 3), ("learning", 3 * work / 2, None),
+                               ("GRPO step", 4 * work / 3, 4)):
+        assert f" {share:.0f}%" in lines[name] and (f" {ratio:.1f}x" in lines[name] if ratio else "x" not in lines[name])
+    assert "5.0x" in lines["peak memory"] and "16 tokens/s" in lines["sampling"]
+    monkeypatch.setattr("eval.limits", lambda device: (1.0, 1.0))
+    assert min(bench_earshot("tiny,30,2,2,4", torch.device("cpu")).values()) > 0
 
 
 @torch.no_grad()
