@@ -209,50 +209,53 @@ def count_errors(refs, hyps):
     return np.array(rows).reshape(-1, 4)
 
 
-def wer(counts):
-    """Corpus WER in percent of count_errors' rows."""
-    return 100.0 * counts[:, :3].sum() / max(1, counts[:, 3].sum())
+def counts_of(task, refs, hyps):
+    """(n, c) integers that add up over a corpus: count_errors for ASR, else BLEU's (bleu_counts), on normalised references."""
+    return count_errors(refs, hyps) if task == "asr" else np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
+
+
+def rate(totals):
+    """Counts summed over a corpus, a row a draw of it: its WER (4 columns) or BLEU (10), in percent."""
+    if totals.shape[1] == 4:
+        return 100.0 * totals[:, :3].sum(1) / np.maximum(1, totals[:, 3])
+    return np.array([100.0 * bleu_of(row, False) for row in totals.tolist()])
 
 
 def shortfall(task, refs, hyps):
     """What a task's dev set is judged by, lower is better: the WER, or for translations and answers 100 - BLEU."""
-    return wer(count_errors(refs, hyps)) if task == "asr" else 100 - corpus_bleu(list(map(normalize, refs)), hyps)
+    score = float(rate(counts_of(task, refs, hyps).sum(0, keepdims=True))[0])
+    return score if task == "asr" else 100 - score
 
 
 def summary(counts):
     """One system on one set: WER and its three parts, all in percent of the reference words."""
     sub, dele, ins, words = counts.sum(0)
-    return {"wer": wer(counts), **{k: 100.0 * v / max(1, words) for k, v in (("ins", ins), ("del", dele), ("sub", sub))},
-            "utterances": len(counts), "words": int(words)}
+    parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
+    return {**parts, "utterances": len(counts), "words": int(words)}
 
 
-def resample(statistic, n, draws=10000, seed=0):
-    """statistic(weights) (draws,), where weights (draws, n) say how often each of n utterances was drawn."""
-    rng = np.random.default_rng(seed)
-    return np.concatenate([statistic(rng.multinomial(n, np.full(n, 1 / n), size=min(1000, draws - k))) for k in range(0, draws, 1000)])
+def draws(counts, seed=0):
+    """A corpus's rate, and those of 10,000 bootstrap draws of its utterances (10000,): one seed, the same utterances."""
+    rng, n = np.random.default_rng(seed), len(counts)
+    drawn = [rate(rng.multinomial(n, np.full(n, 1 / n), size=1000) @ counts) for _ in range(10)]
+    return rate(counts.sum(0, keepdims=True))[0], np.concatenate(drawn)
 
 
-def bootstrap(statistic, n, **kw):
-    """95% interval of a statistic, see `resample`."""
-    return [float(x) for x in np.percentile(resample(statistic, n, **kw), [2.5, 97.5])]
+def interval(drawn):
+    """The middle 95% of draws."""
+    return [float(x) for x in np.percentile(drawn, [2.5, 97.5])]
 
 
-def wer_interval(counts, **kw):
-    """95% bootstrap interval of the corpus WER, in percent."""
-    errors, words = counts[:, :3].sum(1), counts[:, 3]
-    return bootstrap(lambda w: 100.0 * (w @ errors) / np.maximum(1, w @ words), len(counts), **kw)
-
-
-def compare(a, b, **kw):
-    """From system a to system b on the same utterances: relative change of the WER in percent and its paired interval."""
-    ea, eb = a[:, :3].sum(1), b[:, :3].sum(1)
-    change = 100.0 * (eb.sum() - ea.sum()) / max(1, ea.sum())
-    return change, bootstrap(lambda w: 100.0 * (w @ eb - w @ ea) / np.maximum(1, w @ ea), len(a), **kw)
+def change(a, b):
+    """From system a to system b, both what `draws` gives with one seed: relative change in percent and its paired interval; in points
+    where a is 0."""
+    relative = lambda x, y: 100.0 * (y - x) / np.where(x > 0, x, 100.0)
+    return float(relative(a[0], b[0])), interval(relative(a[1], b[1]))
 
 
 def table_row(name, counts):
     """One line of a table: WER, Ins, Del, Sub, the interval."""
-    s, (low, high) = summary(counts), wer_interval(counts)
+    s, (low, high) = summary(counts), interval(draws(counts)[1])
     return f"{name:<26} {s['wer']:6.2f} {s['ins']:6.2f} {s['del']:6.2f} {s['sub']:6.2f}   [{low:.2f}, {high:.2f}]"
 
 
@@ -269,18 +272,6 @@ def text_summary(refs, hyps):
     return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
 
 
-def compare_bleu(refs, a, b):
-    """From hypotheses a to b: relative change of the corpus's BLEU in percent and its paired bootstrap interval."""
-    counts = np.array([[bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)] for hyps in (a, b)])     # (2, n, 10)
-
-    def change(weights):
-        before, after = ([bleu_of(row, False) for row in (weights @ c).tolist()] for c in counts)
-        return np.array([100.0 * (y - x) / max(x, 1e-9) for x, y in zip(before, after)])
-
-    n = len(refs)
-    return float(change(np.ones((1, n), int))[0]), bootstrap(change, n)
-
-
 def print_table(name, task, refs, hyps, bases=()):
     """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`.
 
@@ -291,17 +282,16 @@ def print_table(name, task, refs, hyps, bases=()):
     for model, rows in hyps.items():
         if task == "asr":
             counts = count_errors(refs, rows)
-            entry[model] = {**summary(counts), "interval": wer_interval(counts)}
+            entry[model] = {**summary(counts), "interval": interval(draws(counts)[1])}
             print(table_row(model, counts))
         else:
             entry[model] = text_summary(refs, rows)
             print(f"{model:<26} " + " ".join(f"{entry[model][k]:6.2f}" for k in ("bleu", *TEXT_METRICS)))
     for base in bases:
-        a, b = hyps[base], hyps[last]
-        change, (low, high) = compare(count_errors(refs, a), count_errors(refs, b)) if task == "asr" else compare_bleu(refs, a, b)
-        rate = "WER" if task == "asr" else "BLEU"
-        print(f"from {base} to {last}: {change:+.1f}% [{low:+.1f}, {high:+.1f}] of the {rate}, relative, paired bootstrap")
-        entry[last][f"against {base}"] = {"relative_change": change, "interval": [low, high]}
+        by, (low, high) = change(*(draws(counts_of(task, refs, hyps[model])) for model in (base, last)))
+        what = "WER" if task == "asr" else "BLEU"
+        print(f"from {base} to {last}: {by:+.1f}% [{low:+.1f}, {high:+.1f}] of the {what}, relative, paired bootstrap")
+        entry[last][f"against {base}"] = {"relative_change": by, "interval": [low, high]}
     return entry
 
 
@@ -390,27 +380,10 @@ TABLES = {
 }
 
 
-def draws_of(task, refs, hyps, seed, group=1):
-    """What a set is judged by, WER or BLEU, of the transcripts and of 10,000 bootstrap draws of them: one seed, the same draws.
-    group: utterances that are drawn together, because they say the same."""
-    together = lambda counts: np.add.reduceat(counts, range(0, len(counts), group))
-    if task == "asr":
-        counts = together(count_errors(refs, hyps))
-        errors, words = counts[:, :3].sum(1), counts[:, 3]
-        statistic = lambda w: 100.0 * (w @ errors) / np.maximum(1, w @ words)
-    else:
-        counts = together(np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)]))
-        statistic = lambda w: np.array([100.0 * bleu_of(c, False) for c in (w @ counts).tolist()])
-    return statistic(np.ones((1, len(counts)), int))[0], resample(statistic, len(counts), seed=seed)
-
-
 def mean_change(a, b):
-    """Two rows {seed: draws_of} -> relative change of the mean over the seeds that both have, in percent, and its 95% interval."""
-    seeds = sorted(a.keys() & b.keys())
-    (before, drawn), (after, drawn_after) = ([np.mean([x[s][i] for s in seeds], axis=0) for i in (0, 1)] for x in (a, b))
-    change = lambda x, y: 100.0 * (y - x) / np.maximum(x, 1e-9)
-    low, high = np.percentile(change(drawn, drawn_after), [2.5, 97.5])
-    return f"{change(before, after):+.1f}% [{low:+.1f}, {high:+.1f}]"
+    """Two rows {seed: draws} -> relative change of the mean over the seeds that both have, and its 95% interval, as text."""
+    by, (low, high) = change(*([np.mean([row[s][i] for s in a.keys() & b.keys()], axis=0) for i in (0, 1)] for row in (a, b)))
+    return f"{by:+.1f}% [{low:+.1f}, {high:+.1f}]"
 
 
 def agreement(hyps):
@@ -507,7 +480,10 @@ def print_paper_table(args):
                     entry = summary(count_errors(refs, hyps)) if asr else text_summary(refs, hyps)
                     figures.append([entry[c] for c in columns] + [agreement(hyps) for _ in extra])
                     recorded = args.data or "@" in name and "embedded" not in name  # every seed has the same utterances there
-                    drawn[s] = draws_of(table["task"], refs, hyps, 0 if recorded else int(s), data.TAKES if extra else 1)
+                    counts = counts_of(table["task"], refs, hyps)
+                    if extra:  # voices that say the same are drawn together
+                        counts = np.add.reduceat(counts, range(0, len(counts), data.TAKES))
+                    drawn[s] = draws(counts, 0 if recorded else int(s))
             changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
                        for base in table["bases"]]
             seen[label] = drawn

@@ -36,12 +36,11 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import agreement, as_transformers, bench_earshot, collate, compare, draws_of, forward_flops, mean_change, saved_bytes
+from eval import agreement, as_transformers, bench_earshot, change, collate, counts_of, draws, forward_flops, mean_change, saved_bytes
 from eval import bench as eval_bench
-from eval import compare_bleu as eval_compare_bleu
 from eval import loader as eval_loader
 from eval import main as eval_main
-from eval import transcribe, wer_interval
+from eval import transcribe
 from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
                    filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
@@ -1227,11 +1226,14 @@ def test_paired_bootstrap_sees_what_is_paired():
     a = np.stack([rng.binomial(words, 0.2), 0 * words, 0 * words, words], 1)
     b = a.copy()
     b[:, 0] -= (rng.random(500) < 0.15) & (a[:, 0] > 0)
-    change, (low, high) = compare(a, b)
-    assert change == pytest.approx(100 * (b[:, 0].sum() - a[:, 0].sum()) / a[:, 0].sum()) and low < change < high < 0
-    shuffled = compare(a, b[rng.permutation(500)])[1]  # control: unpaired, the same change is lost in noise
-    assert shuffled[1] - shuffled[0] > 1.5 * (high - low)
-    assert wer_interval(a) == wer_interval(a)  # seeded
+    by, (low, high) = change(draws(a), draws(b))
+    assert by == pytest.approx(100 * (b[:, 0].sum() - a[:, 0].sum()) / a[:, 0].sum()) and low < by < high < 0
+    for unpaired in (draws(b[rng.permutation(500)]), draws(b, seed=1)):  # controls: the same change is lost in noise
+        wide = change(draws(a), unpaired)[1]
+        assert wide[1] - wide[0] > 1.5 * (high - low)
+    assert (draws(a)[1] == draws(a)[1]).all()
+    right = np.array([[0, 0, 0, 4]] * 5)
+    assert change(draws(right), draws(right)) == (0.0, [0.0, 0.0]) and change(draws(right), draws(right + [1, 0, 0, 0]))[0] == 25
 
 
 def test_transcribe_keeps_the_order_and_ignores_the_batch():
@@ -1707,9 +1709,9 @@ def test_changes_of_means_are_paired_within_seeds():
     for s in range(3):
         refs = ["one two three four five"] * 60
         bad = ["one two three four five" if rng.random() < 0.5 else "six" for _ in refs]
-        a[s] = draws_of("asr", refs, bad, s)
-        b[s] = draws_of("asr", refs, [h + " x" if i == 0 else h for i, h in enumerate(bad)], s)
-        shuffled[s] = draws_of("asr", refs, [bad[i] for i in rng.permutation(60)], s)
+        of = lambda hyps: draws(counts_of("asr", refs, hyps), s)
+        a[s], b[s] = of(bad), of([h + " x" if i == 0 else h for i, h in enumerate(bad)])
+        shuffled[s] = of([bad[i] for i in rng.permutation(60)])
 
     def width(x, y):
         low, high = mean_change(x, y).split("[")[1].rstrip("]").split(", ")
@@ -1848,15 +1850,16 @@ def test_prompts_of_their_own_change_only_their_rows():
 
 
 def test_bleu_intervals_against_a_loop():
-    """compare_bleu: the change of the corpus's BLEU, and an interval that holds it and is 0 for the same hypotheses."""
+    """The change of the corpus's BLEU, and an interval that holds it and is 0 for the same hypotheses."""
     rng = random.Random(0)
     refs = [" ".join(rng.choices("a b c d".split(), k=6)) for _ in range(40)]
     worse = [" ".join(rng.choice("abcd") if rng.random() < 0.4 else word for word in ref.split()) for ref in refs]
     better = [ref if rng.random() < 0.5 else hyp for ref, hyp in zip(refs, worse)]
-    change, (low, high) = eval_compare_bleu(refs, worse, better)
+    of = lambda hyps: draws(counts_of("ast", refs, hyps))
+    by, (low, high) = change(of(worse), of(better))
     a, b = rewards.corpus_bleu(refs, worse), rewards.corpus_bleu(refs, better)
-    assert change == pytest.approx(100 * (b - a) / a) and 0 < low < change < high
-    assert eval_compare_bleu(refs, worse, worse) == (0.0, [0.0, 0.0])
+    assert by == pytest.approx(100 * (b - a) / a) and 0 < low < by < high
+    assert change(of(worse), of(worse)) == (0.0, [0.0, 0.0])
 
 
 def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
