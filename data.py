@@ -333,7 +333,7 @@ def silence(rows, seconds):
 
 def timeline(text, v, rng, pauses):
     """All segments of a sentence (S, 12) and the middles and sizes of its pitch accents [(s, share), ...]."""
-    words, rows, accents, now = text.split(), [], [], 0.0
+    words, rows, accents = text.split(), [], []
     for w, word in enumerate(words):
         if word not in LEXICON:
             raise ValueError(f"{word!r} is not in the lexicon")
@@ -506,37 +506,29 @@ def babble_tracks(seed=0):
 
 def mix(speech, noise, snr):
     """Add noise (n,) to speech (n,) at `snr` dB, both powers taken where somebody speaks. float32 (n,)"""
-    power = smooth_power(speech)
+    blocks = np.pad(speech, (0, -len(speech) % (4 * HOP))).reshape(-1, 4 * HOP)      # of 20 ms
+    power = np.repeat(np.mean(blocks ** 2, 1), 4 * HOP)[:len(speech)]
     active = power > 1e-3 * power.max()      # within 30 dB of the loudest
     wanted = np.mean(speech[active] ** 2) / 10 ** (snr / 10)
     return speech + noise * np.sqrt(wanted / np.mean(noise[active] ** 2))
 
 
-def smooth_power(x):
-    """Mean power around each sample, over blocks of 20 ms. (n,) -> (n,)"""
-    block = 4 * HOP
-    padded = np.pad(x, (0, -len(x) % block)).reshape(-1, block)
-    return np.repeat(np.mean(padded ** 2, 1), block)[:len(x)]
-
-
 def degrade(audio, condition, rng, babble=None):
     """Put clean speech, float32 (n,), into a condition: "clean", "hard", "ood", or a part of ood alone, "far" (echo), "babble" or
     "pauses" (stretches without speech, noise and clicks). Same length, peak below 1.
-    babble: tracks of single talkers (m, n'); None takes `babble_tracks()`.
-    Raises ValueError for another condition."""
+    babble: tracks of single talkers (m, n')."""
     n = len(audio)
     if condition == "clean":
         colour = str(rng.choice(["white", "pink", "brown"]))
         audio = mix(audio, coloured_noise(n, rng, colour), rng.uniform(*CLEAN_SNR))
     elif condition == "hard":
         audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
-    elif condition in ("ood", *OOD_PARTS):
+    else:
         kind = rng.choice(3, p=(0.45, 0.25, 0.3)) if condition == "ood" else int(condition != "babble")  # babble, noise, both
         noise = np.zeros(n, np.float32)
         if kind != 1:
-            tracks = babble_tracks() if babble is None else babble
-            for k in rng.choice(len(tracks), rng.integers(3, 7), replace=False):
-                noise += np.resize(np.roll(tracks[k], rng.integers(tracks.shape[1])), n)
+            for k in rng.choice(len(babble), rng.integers(3, 7), replace=False):
+                noise += np.resize(np.roll(babble[k], rng.integers(babble.shape[1])), n)
             noise /= noise.std()
         if kind != 0:
             noise += uneven_noise(n, rng)
@@ -546,8 +538,6 @@ def degrade(audio, condition, rng, babble=None):
         if condition in ("ood", "far"):
             audio = reverberate(audio, rng)
         audio = mix(audio, noise, rng.uniform(*OOD_SNR))
-    else:
-        raise ValueError(f"condition {condition!r} is none of {', '.join(CONDITIONS)}")
     return (audio * (rng.uniform(0.15, 0.95) / np.abs(audio).max())).astype(np.float32)
 
 
@@ -614,7 +604,6 @@ class Embedded:
         self.seed, self.task, self.domain, self.dialogues = seed, task, domain, []
         self.sets = {"dev": 600, **dict.fromkeys(("clean", "hard", "ood", *OOD_PARTS, "voices"), test)}
         self.tests = ["clean", "hard", "ood"] + ([] if domain == "hard" else [domain])
-        self.kept = {}
 
     def item(self, name, i):
         """Utterance i of a set, with its audio. Dev is half clean, half hard; `voices` says each sentence in TAKES voices, clean."""
@@ -639,19 +628,21 @@ class Embedded:
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
-        group = k // GROUP
-        if (stream, group, size) not in self.kept:
-            first = STREAMS[stream] * 10**7 + group * GROUP * size
-            condition = self.domain if stream == "grpo" else None
-            if stream == "encoder" and group * GROUP * size < CLEAN_START:
-                condition = "clean"
-            items = [utterance("train", first + i, self.seed, condition, self.task, self.dialogue(stream, group * GROUP * size + i))
-                     for i in range(GROUP * size)]
-            if not (self.dialogues and stream == "grpo"):                # there the voices of a dialogue stay together
-                items.sort(key=lambda item: len(item["audio"]))
-            order = np.random.default_rng([self.seed, group]).permutation(GROUP)
-            self.kept = {(stream, group, size): [items[j * size:(j + 1) * size] for j in order]}
-        return self.kept[stream, group, size][k % GROUP]
+        return self.group(stream, k // GROUP, size)[k % GROUP]
+
+    @functools.lru_cache(maxsize=1)
+    def group(self, stream, group, size):
+        """GROUP batches, made together and sorted by length; but the voices of a dialogue of RL's stay together."""
+        first = STREAMS[stream] * 10**7 + group * GROUP * size
+        condition = self.domain if stream == "grpo" else None
+        if stream == "encoder" and group * GROUP * size < CLEAN_START:
+            condition = "clean"
+        items = [utterance("train", first + i, self.seed, condition, self.task, self.dialogue(stream, group * GROUP * size + i))
+                 for i in range(GROUP * size)]
+        if not (self.dialogues and stream == "grpo"):
+            items.sort(key=lambda item: len(item["audio"]))
+        order = np.random.default_rng([self.seed, group]).permutation(GROUP)
+        return [items[j * size:(j + 1) * size] for j in order]
 
     def texts(self, stream, k, size):
         """Batch k of sentences for the stages text and read, as items without audio."""
@@ -664,12 +655,10 @@ class Embedded:
         """What CTC spells: the phones of the lexicon. They are what is heard; English spelling is not."""
         return [phone for word in text.split() for phone in LEXICON[word]]
 
-    def all_texts(self):
-        """Items enough to hold every word and phone."""
-        return self.dialogues or self.texts("text", 0, 4000)
-
-    def dev_texts(self):
-        """Items of dev, without audio."""
+    def items_of(self, split):
+        """Items without audio: of dev, or of train enough to hold every word and phone."""
+        if split == "train":
+            return self.dialogues or self.texts("text", 0, 4000)
         rng = np.random.default_rng([self.seed, 9])
         return [posed(sentence_in("dev", rng, i % 2 == 0, self.task), self.task, i) for i in range(self.sets["dev"])]
 
@@ -864,12 +853,12 @@ class Recorded:
         train = self.data.setdefault("train", [])
         self.seconds = np.array([item["duration"] for item in train])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
-        self.kept = {}
 
     def item(self, name, i):
         """Utterance i of a set as it is: audio None, for its features are kept on disk (eval.features)."""
         return {**self.data[name][i], "audio": None}
 
+    @functools.lru_cache(maxsize=1)
     def shuffle(self, stream, epoch, size):
         """An epoch's batches of indices into train: shuffled, then sorted by length within SORTED batches."""
         rng = np.random.default_rng([self.seed, STREAMS[stream], epoch])
@@ -885,9 +874,7 @@ class Recorded:
         """Batch k of a stage's own stream of shuffled epochs, each utterance in a view of its own, or as it is."""
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
-        if (stream, epoch, size) not in self.kept:
-            self.kept = {(stream, epoch, size): self.shuffle(stream, epoch, size)}
-        items = [self.item("train", i) for i in self.kept[stream, epoch, size][j]]
+        items = [self.item("train", i) for i in self.shuffle(stream, epoch, size)[j]]
         if not self.views:
             return items
         hard = stream == "grpo"
@@ -898,13 +885,9 @@ class Recorded:
         rng = np.random.default_rng([self.seed, STREAMS[stream], k])
         return [self.data["train"][i] for i in rng.integers(len(self.data["train"]), size=size)]
 
-    def all_texts(self):
-        """Every training item."""
-        return self.data["train"]
-
-    def dev_texts(self):
-        """The items of dev."""
-        return self.data["dev"]
+    def items_of(self, split):
+        """Every item of train or dev."""
+        return self.data[split]
 
     def spell(self, text):
         """What CTC spells: phones if the lexicon has every training word, else characters and word ends."""

@@ -15,12 +15,11 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 """
 import argparse
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
 import json
-import math
 import os
 import resource
 import shlex
@@ -32,13 +31,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # a CPU's operators, without data
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames
-from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, Llama, SpeechLM, beam_search, generate, train_tokenizer
+from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames, spec_augment
+from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, SpeechLM, beam_search, generate, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
 
@@ -110,45 +108,19 @@ def collate(items):
     return (*log_mel(audio, lengths), rest)
 
 
-class Chunks(torch.utils.data.Dataset):
-    """The first n utterances of a set in chunks, as batches of features. Made in a worker, beside the model."""
-
-    def __init__(self, corpus, name, n=None, size=32):
-        self.corpus, self.name, self.size = corpus, name, size
-        self.n = min(n or corpus.sets[name], corpus.sets[name])
-
-    def __len__(self):
-        return math.ceil(self.n / self.size)
-
-    def __getitem__(self, k):
-        if k >= len(self):
-            raise IndexError(k)
-        return collate([self.corpus.item(self.name, i) for i in range(k * self.size, min(self.n, (k + 1) * self.size))])
+def careful(make, key):
+    """make(key), or the SystemExit with which data.die ended it: for the process that asked, where this is a worker."""
+    try:
+        return make(key)
+    except SystemExit as end:
+        return end
 
 
-class Careful(torch.utils.data.Dataset):
-    """A dataset whose items are SystemExit where data.die ended the making of one, in a worker or here."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, k):
-        try:
-            return self.dataset[k]
-        except SystemExit as end:
-            return end
-
-
-def as_is(batch):
-    """What a loader does to what the dataset made: nothing."""
-    return batch
-
-
-def loader(dataset, numbers, workers, depth=4):
-    """dataset[k] for k in numbers, in order, made in worker processes, each up to `depth` of them ahead."""
+def loader(make, keys, workers, depth=4):
+    """make(key) for each of a list of keys, in order, made in worker processes, each up to `depth` of them ahead."""
     # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
-    made = DataLoader(Careful(dataset), batch_size=None, sampler=numbers, num_workers=workers, prefetch_factor=depth if workers else None,
-                      collate_fn=as_is, generator=torch.Generator(),
+    made = DataLoader(keys, batch_size=None, num_workers=workers, prefetch_factor=depth if workers else None,
+                      collate_fn=functools.partial(careful, make), generator=torch.Generator(),
                       multiprocessing_context="fork" if workers and sys.platform == "linux" else None)  # sft.MADE goes along
     for batch in made:
         if isinstance(batch, SystemExit):
@@ -156,20 +128,41 @@ def loader(dataset, numbers, workers, depth=4):
         yield batch
 
 
-def hear_set(model, corpus, name, workers=1, n=None):
-    """Runs the frozen encoder once over a set, or its first n -> items, each with `frames` (T, D) on the CPU.
+def chunk(corpus, name, rows):
+    """These utterances of a set as a batch of features."""
+    return collate([corpus.item(name, i) for i in rows])
+
+
+def chunks(corpus, name, n=None, workers=0, size=32):
+    """The first n utterances of a set, in batches of features, made in workers beside the model."""
+    n = min(n or corpus.sets[name], corpus.sets[name])
+    yield from loader(functools.partial(chunk, corpus, name), [range(k, min(n, k + size)) for k in range(0, n, size)], workers)
+
+
+def listen(model, batch, device, augment=False):
+    """(mel (B, T, M), lengths, items) -> the frozen encoder's frames (B, T', D), lengths, items."""
+    mel, lengths, items = batch
+    mel, lengths = mel.to(device), lengths.to(device)
+    with autocast(device):
+        frames, lengths = model.hear(spec_augment(mel, lengths) if augment else mel, lengths)
+    return frames, lengths, items
+
+
+def hear_all(model, batches, **bar):
+    """Runs the frozen encoder once over batches of features -> items, each with `frames` (T, D) on the CPU.
 
     SFT, control and GRPO share the encoder, so these frames serve all three; 3 s of speech at D = 128 are 38 kB.
     """
-    device = next(model.parameters()).device
     heard = []
-    chunks = Chunks(corpus, name, n)
-    for mel, lengths, items in tqdm(loader(chunks, range(len(chunks)), workers), total=len(chunks), desc=f"hear {name}", leave=False):
-        with autocast(device):
-            frames, lengths = model.hear(mel.to(device), lengths.to(device))
-        for item, row, n in zip(items, frames.float().cpu(), lengths.tolist()):
-            heard.append({**item, "frames": row[:n].clone()})
+    for batch in tqdm(batches, leave=False, **bar):
+        frames, lengths, items = listen(model, batch, next(model.parameters()).device)
+        heard += [{**item, "frames": row[:n].clone()} for item, row, n in zip(items, frames.float().cpu(), lengths.tolist())]
     return heard
+
+
+def hear_set(model, corpus, name, workers=1, n=None):
+    """`hear_all` of a set, or of its first n."""
+    return hear_all(model, chunks(corpus, name, n, workers), desc=f"hear {name}")
 
 
 # ---------------------------------------------------------------------------------------------- decoding a set
@@ -227,11 +220,24 @@ def shortfall(task, refs, hyps):
     return score if task == "asr" else 100 - score
 
 
-def summary(counts):
-    """One system on one set: WER and its three parts, all in percent of the reference words."""
-    sub, dele, ins, words = counts.sum(0)
-    parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
-    return {**parts, "utterances": len(counts), "words": int(words)}
+TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "meteor"}
+
+
+def columns(task):
+    """What a table of this task shows; in result.json the same in lower case."""
+    return ("WER", "Ins", "Del", "Sub") if task == "asr" else ("BLEU", *TEXT_METRICS)
+
+
+def summary(task, refs, hyps):
+    """One system on one set, on normalised text: the WER and its three parts in percent of the reference words; or BLEU of the corpus
+    and the means of ROUGE and METEOR, in percent."""
+    if task == "asr":
+        sub, dele, ins, words = count_errors(refs, hyps).sum(0)
+        parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
+        return {**parts, "utterances": len(refs), "words": int(words)}
+    refs = list(map(normalize, refs))
+    means = {k.lower(): 100 * float(np.mean([REWARDS[name](*pair) for pair in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
+    return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
 
 
 def draws(counts, seed=0):
@@ -253,45 +259,22 @@ def change(a, b):
     return float(relative(a[0], b[0])), interval(relative(a[1], b[1]))
 
 
-def table_row(name, counts):
-    """One line of a table: WER, Ins, Del, Sub, the interval."""
-    s, (low, high) = summary(counts), interval(draws(counts)[1])
-    return f"{name:<26} {s['wer']:6.2f} {s['ins']:6.2f} {s['del']:6.2f} {s['sub']:6.2f}   [{low:.2f}, {high:.2f}]"
-
-
-HEADER = f"{'':<26} {'WER':>6} {'Ins':>6} {'Del':>6} {'Sub':>6}   95% interval of the WER"
-
-
-TEXT_METRICS = {"r-1": "rouge1", "r-2": "rouge2", "r-l": "rougeL", "meteor": "meteor"}
-
-
-def text_summary(refs, hyps):
-    """Translations and answers, in percent, all on normalised text: BLEU of the corpus; means of ROUGE and METEOR."""
-    refs = list(map(normalize, refs))
-    means = {k: 100 * float(np.mean([REWARDS[name](ref, hyp) for ref, hyp in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
-    return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
-
-
 def print_table(name, task, refs, hyps, bases=()):
     """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`.
 
     Returns its figures as result.json holds them.
     """
-    print(f"\n{name}: {len(refs)} utterances\n{HEADER if task == 'asr' else TEXT_HEADER}")
-    entry, last = {}, list(hyps)[-1]
+    names, entry, drawn = columns(task), {}, {}
+    print(f"\n{name}: {len(refs)} utterances\n{'':<26}" + "".join(f"{c:>7}" for c in names) + f"   95% interval of the {names[0]}")
     for model, rows in hyps.items():
-        if task == "asr":
-            counts = count_errors(refs, rows)
-            entry[model] = {**summary(counts), "interval": interval(draws(counts)[1])}
-            print(table_row(model, counts))
-        else:
-            entry[model] = text_summary(refs, rows)
-            print(f"{model:<26} " + " ".join(f"{entry[model][k]:6.2f}" for k in ("bleu", *TEXT_METRICS)))
+        drawn[model] = draws(counts_of(task, refs, rows))
+        low, high = interval(drawn[model][1])
+        entry[model] = {**summary(task, refs, rows), "interval": [low, high]}
+        print(f"{model:<26}" + "".join(f"{entry[model][c.lower()]:7.2f}" for c in names) + f"   [{low:.2f}, {high:.2f}]")
     for base in bases:
-        by, (low, high) = change(*(draws(counts_of(task, refs, hyps[model])) for model in (base, last)))
-        what = "WER" if task == "asr" else "BLEU"
-        print(f"from {base} to {last}: {by:+.1f}% [{low:+.1f}, {high:+.1f}] of the {what}, relative, paired bootstrap")
-        entry[last][f"against {base}"] = {"relative_change": by, "interval": [low, high]}
+        by, (low, high) = change(drawn[base], drawn[model])
+        print(f"from {base} to {model}: {by:+.1f}% [{low:+.1f}, {high:+.1f}] of the {names[0]}, relative, paired bootstrap")
+        entry[model][f"against {base}"] = {"relative_change": by, "interval": [low, high]}
     return entry
 
 
@@ -304,18 +287,10 @@ def keep_transcripts(folder, name, source, refs, hyps):
     os.replace(path + ".tmp", path)
 
 
-TEXT_HEADER = f"{'':<26} {'BLEU':>6} {'R-1':>6} {'R-2':>6} {'R-L':>6} {'METEOR':>6}"
-
-
 # ---------------------------------------------------------------------------------------------- the papers' tables
-def row(label, folder, flags="", *paper):
-    """A row of a table: its name, the stage's folder, the flags of the grpo.py that makes it, the paper's figures, one a set."""
-    return label, folder, flags, paper
-
-
 def chain(run, flags, *paper):
     """The rows to compare with: SFT, and SFT continued for as long as RL took, which the papers do not have."""
-    return [row("SFT", f"{run}/speech", flags, *paper), row("SFT continued", f"{run}/control", flags)]
+    return [("SFT", f"{run}/speech", flags, *paper), ("SFT continued", f"{run}/control", flags)]
 
 
 E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"  # runs: plain, SQA, AST, RBA
@@ -328,55 +303,56 @@ def spoken_table(task, run, of, base, sft, grpo):
     flags = IBM.format(t=task) + "bleu"
     return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", bases=("SFT", "SFT continued"),
                 sets={"clean": of, "hard": "", "ood": ""}, rows=[
-        row("before speech", f"{run}/read", flags, base), *chain(run, flags, sft), row("GRPO (BLEU)", f"{run}/ibm-bleu", flags, grpo),
-        row("MP-GRPO", f"{run}/mp", f"{flags} --off-policy reference --rl-name mp"),
-        row("MP-GRPO, shaped", f"{run}/mp-shaped", f"{flags} --off-policy reference --shaping 0.1 --rl-name mp-shaped"),
-        row("MP-GRPO, duplicate", f"{run}/mp-duplicate", f"{flags} --off-policy duplicate --rl-name mp-duplicate")])
+        ("before speech", f"{run}/read", flags, base), *chain(run, flags, sft), ("GRPO (BLEU)", f"{run}/ibm-bleu", flags, grpo),
+        ("MP-GRPO", f"{run}/mp", f"{flags} --off-policy reference --rl-name mp"),
+        ("MP-GRPO, shaped", f"{run}/mp-shaped", f"{flags} --off-policy reference --shaping 0.1 --rl-name mp-shaped"),
+        ("MP-GRPO, duplicate", f"{run}/mp-duplicate", f"{flags} --off-policy duplicate --rl-name mp-duplicate")])
 
 
 # sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with.
 TABLES = {
     "2": dict(task="asr", title="Table II of 2509.01939 (2B), WER (here beta 0 but where it is named; DAPO with dynamic sampling)",
-              bases=("SFT", "SFT continued"), sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all (in domain there)"}, rows=[
+              bases=("SFT", "SFT continued"),
+              sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all (in domain there)"}, rows=[
         *chain(E, "--reward wer", "5.48", "23.5", "10.12"),
-        row("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
-        row("GRPO (WER), beta .04", f"{E}/beta", "--reward wer --beta 0.04 --rl-name beta", "5.49", "21.53", "9.47"),
-        row("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "5.64", "21.48", "9.51"),
-        row("GRPO (EM)", f"{E}/grpo-em", "--reward em", "5.62", "22.29", "9.76"),
-        row("DAPO (EM)", f"{E}/dapo-em", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
-        row("DAPO (WER)", f"{E}/dapo-wer", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
-        row("Dr. GRPO (EM)", f"{E}/dr_grpo-em", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
-        row("GRPO (WER), beam", f"{E}/beam", "--reward wer --rollout beam -G 6 --rl-name beam"),
-        row("GRPO (WER), G 6", f"{E}/G6", "--reward wer -G 6 --rl-name G6"),
-        row("GRPO (WER), G 10", f"{E}/G10", "--reward wer -G 10 --rl-name G10")]),
+        ("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
+        ("GRPO (WER), beta .04", f"{E}/beta", "--reward wer --beta 0.04 --rl-name beta", "5.49", "21.53", "9.47"),
+        ("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "5.64", "21.48", "9.51"),
+        ("GRPO (EM)", f"{E}/grpo-em", "--reward em", "5.62", "22.29", "9.76"),
+        ("DAPO (EM)", f"{E}/dapo-em", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
+        ("DAPO (WER)", f"{E}/dapo-wer", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
+        ("Dr. GRPO (EM)", f"{E}/dr_grpo-em", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
+        ("GRPO (WER), beam", f"{E}/beam", "--reward wer --rollout beam -G 6 --rl-name beam"),
+        ("GRPO (WER), G 6", f"{E}/G6", "--reward wer -G 6 --rl-name G6"),
+        ("GRPO (WER), G 10", f"{E}/G10", "--reward wer -G 10 --rl-name G10")]),
     "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub (other conditions than its sets)",
               bases=("SFT", "SFT continued"), sets={
                   "far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
         *chain(E, "--reward wer", "56.7/16.6/14.6", "38.4/10.3/7.3", ".5/1.7/1.6"),
-        row("GRPO (WER)", f"{E}/grpo-wer", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
-        row("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "8.9/17.6/12.1", "5.6/11/6.3", ".5/1.7/1.6"),
-        row("GRPO (EM)", f"{E}/grpo-em", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
+        ("GRPO (WER)", f"{E}/grpo-wer", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
+        ("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "8.9/17.6/12.1", "5.6/11/6.3", ".5/1.7/1.6"),
+        ("GRPO (EM)", f"{E}/grpo-em", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
     "4": dict(task="asr", title="Table IV of 2509.01939 (2B), adapting to another domain (echo), WER", bases=("base", "SFT"),
               sets={"far": "AMI-SDM", "clean": "MLS En (old)", "hard": "VoxPopuli En (old)", "ood": ""}, rows=[
-        row("base", f"{E}/speech", "--reward wer", "87.88", "4.83", "7.92"),
-        row("SFT", "far-{s}/control", ADAPT, "44.34", "6.91", "9.80"),
-        row("GRPO (WER)", "far-{s}/grpo-wer", ADAPT, "31.98", "6.59", "9.10")]),
+        ("base", f"{E}/speech", "--reward wer", "87.88", "4.83", "7.92"),
+        ("SFT", "far-{s}/control", ADAPT, "44.34", "6.91", "9.80"),
+        ("GRPO (WER)", "far-{s}/grpo-wer", ADAPT, "31.98", "6.59", "9.10")]),
     "sqa": spoken_table("sqa", Q, "LibriSQA I", "27.74", "40.88", "44.90"),
     "ast": spoken_table("ast", T, "CoVoST2 En-De", "29.06", "30.50", "31.47"),
     "rewards": dict(task="sqa", title="Reward choice, 2509.16990 (2B), BLEU/R-1/R-2/R-L/METEOR", bases=("SFT",),
                     sets={"clean": "LibriSQA I", "hard": ""}, rows=[
         *chain(Q, IBM.format(t="sqa") + "bleu", "40.88/65.1/49.1/61.5/64.6"),
-        *(row(f"GRPO ({reward})", f"{Q}/ibm-{reward}", IBM.format(t="sqa") + reward, paper) for reward, paper in
+        *((f"GRPO ({reward})", f"{Q}/ibm-{reward}", IBM.format(t="sqa") + reward, paper) for reward, paper in
           [("bleu", "44.9/68.6/53.4/64.9/68.5"), ("rouge1", "38.8/68.9/53.5/64.8/60.7"), ("rouge2", "37.8/68.6/54.2/65.3/58.9"),
            ("rougeL", "38.0/68.7/53.8/65.4/59.3"), ("meteor", "37.7/67.0/51.7/62.6/70.3")])]),
     "rba": dict(task="sqa", title="RBA, 2509.03526", bases=("SFT, teacher's", "SFT continued"),
                 sets={"clean": "BLEU, translation En-X", "hard": "", "voices": "agreement over 4 voices, its own measure"}, rows=[
-        *(row(label, f"{R}/{stage}", "--task sqa --algo rba_group --reward bleu", *paper) for label, stage, *paper in
+        *((label, f"{R}/{stage}", "--task sqa --algo rba_group --reward bleu", *paper) for label, stage, *paper in
           [("before speech", "read", "30.3", "", "82.6"), ("SFT, teacher's", "speech", "30.5", "", "89.3"), ("SFT continued", "control")]),
-        row("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", "94.5"),
-        row("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
-        row("RBA-Group, CE", f"{R}/group-ce", "--task sqa --algo rba_group --reward bleu --ce 0.2 --rl-name group-ce"),
-        row("RBA-Single, CE", f"{R}/single-ce", "--task sqa --algo rba_single --reward bleu --ce 0.2 --rl-name single-ce")]),
+        ("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", "94.5"),
+        ("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
+        ("RBA-Group, CE", f"{R}/group-ce", "--task sqa --algo rba_group --reward bleu --ce 0.2 --rl-name group-ce"),
+        ("RBA-Single, CE", f"{R}/single-ce", "--task sqa --algo rba_single --reward bleu --ce 0.2 --rl-name single-ce")]),
 }
 
 
@@ -424,11 +400,11 @@ def on_recorded(table, path, flags, lang):
     kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
     extra += f" --lang {lang}" * (table["task"] == "ast")
     sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
-    rows = [row(label, folder.replace("embedded", kind), f"{args} {extra}") for label, folder, args, _ in table["rows"]]
+    rows = [(label, folder.replace("embedded", kind), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
         sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
-        rows = [row(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
-                for label, folder, args, _ in table["rows"]]
+        rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
+                for label, folder, args, *_ in table["rows"]]
     return {**table, "rows": rows, "sets": sets}
 
 
@@ -449,7 +425,7 @@ def print_paper_table(args):
         data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
     if args.data:
         table = on_recorded(table, args.data, args.flags, args.lang)
-    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.format(s=s)} --seed {s}" for s in seeds for _, folder, flags, _ in table["rows"]
+    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.format(s=s)} --seed {s}" for s in seeds for _, folder, flags, *_ in table["rows"]
                                          if not finished(os.path.join("runs", folder.format(s=s)))))
     if args.run and missing():
         print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
@@ -460,25 +436,24 @@ def print_paper_table(args):
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}. Changes are of the means, with the 95% interval of a paired\n"
           "bootstrap over utterances: what another seed of training would change is not in it")
-    ears, asr = {}, table["task"] == "asr"
-    columns = ("wer", "ins", "del", "sub") if asr else ("bleu", *TEXT_METRICS)
+    ears, names = {}, columns(table["task"])
     for at, (name, of) in enumerate(table["sets"].items()):
         if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
             print(f"\n{name}: not on this machine, left out")
             continue
-        extra = ("agree",) if name == "voices" else ()
+        extra = ("Agree",) if name == "voices" else ()
         title = name.split("@")[0] + (f" of {data.name_of(name.split('@')[1])}" if "@" in name else "")
-        print(f"\n{title:<20}" + "".join(f"{c.upper():>7}" for c in (*columns, *extra))
+        print(f"\n{title:<20}" + "".join(f"{c:>7}" for c in (*names, *extra))
               + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
         seen = {}
-        for label, folder, _, paper in table["rows"]:
+        for label, folder, _, *paper in table["rows"]:
             figures, drawn = [], {}
             for s in seeds:
                 path = os.path.join("runs", folder.format(s=s))
                 if finished(path):
                     refs, hyps = kept_transcripts(path, name, args.test_size, ears, pick_device(args.device))
-                    entry = summary(count_errors(refs, hyps)) if asr else text_summary(refs, hyps)
-                    figures.append([entry[c] for c in columns] + [agreement(hyps) for _ in extra])
+                    entry = summary(table["task"], refs, hyps)
+                    figures.append([entry[c.lower()] for c in names] + [agreement(hyps) for _ in extra])
                     recorded = args.data or "@" in name and "embedded" not in name  # every seed has the same utterances there
                     counts = counts_of(table["task"], refs, hyps)
                     if extra:  # voices that say the same are drawn together
@@ -487,7 +462,7 @@ def print_paper_table(args):
             changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
                        for base in table["bases"]]
             seen[label] = drawn
-            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(columns) + len(extra))
+            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(names) + len(extra))
             few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
             print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[at] if at < len(paper) else ''}{few}")
     for command in missing():
@@ -710,64 +685,6 @@ def bench(shapes, device):
                   + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))
 
 
-def saved_bytes(c, B, P, G, T, kind, recompute=False):
-    """Bytes that the learning phase keeps for its backward pass, bf16 weights among them, counted on tensors without data."""
-    def count(n_layers, recompute):
-        model = SpeechLM(EncoderConfig(units=("a",)), dataclasses.replace(c, n_layers=n_layers), train_tokenizer(["a"], 40))
-        model.llm.recompute = recompute
-        x = torch.empty(B, P, c.d, requires_grad=True)
-        weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-        def keep(t):
-            return kept.setdefault(t.untyped_storage()._cdata, t)  # held, lest another tensor gets its number
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long), model.prefill(x, torch.full((B,), P)))
-        return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in weights), graph
-
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-        two, three = (count(n, False)[0] for n in (2, 3))
-        if recompute:  # each layer's inputs, and the inside of one layer at a time
-            inside = three - two
-            two, three = (count(n, True)[0] + inside for n in (2, 3))
-    return two + (c.n_layers - 2) * (three - two)
-
-
-def dry_run(c, encoder, B, P, G, T, args, samples=True, reference=False):
-    """Prints what training takes on --dry-run GPUs like the one at hand (or CPUs): parameters, memory of each, seconds of a step.
-
-    c: the decoder's config; encoder: how many parameters the frozen encoder has; B utterances a batch with prompts of P positions and G
-    responses of T tokens each; samples: whether there are rollouts; reference: whether a frozen SFT model stands beside.
-    """
-    device, n, N = pick_device(args.device), args.dry_run, B * G
-    with torch.device("meta"):
-        decoder = sum(p.numel() for p in Llama(c).parameters())
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size, share, micro = kind.itemsize, 1 / n if args.shard else 1, min(B, getattr(args, "micro", B))
-    ends = c.vocab * c.d * (1 if c.tie else 2)                                 # embedding and head, which FSDP gathers for a whole pass
-    logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab      # fp32: themselves, softmax, gradient
-    memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share, "gradients, fp32": 4 * decoder * share,
-              "AdamW's moments, fp32": 8 * decoder * share, "frozen SFT model, fp32": 4 * decoder * share * reference,
-              "rollouts: keys, values": 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * args.max_new) * samples,
-              "rollouts: gathered weights": size * decoder * (args.shard and samples),
-              "learning: gathered weights": size * ends * args.shard,
-              "learning: kept for backward": saved_bytes(c, micro, P, G, T, kind, args.recompute) + logits}
-    batches = n * args.accumulate
-    print(f"decoder {decoder / 1e6:,.2f}M parameters, frozen encoder {encoder / 1e6:,.2f}M\na step: {n} process(es) x {args.accumulate} "
-          f"batch(es) x {B} utterances: {batches * B * P:,} prompt positions, {batches * N:,} responses of {T} tokens\n\n"
-          "memory of each process, GB (rollouts and learning take turns)")
-    for name, amount in memory.items():
-        print(f"  {name:<28}{amount / 1e9:10.3f}")
-    rate, copy = limits(device)
-    forward = args.accumulate * forward_flops(c, B, P, N, T)
-    passes = (3 + args.recompute + reference) * getattr(args, "updates", 1)    # a backward pass costs two forward ones
-    seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": passes * forward / rate,
-               "rollouts": max(forward / rate, args.accumulate * T * size * decoder / copy) * samples}
-    print(f"\nseconds of a step, at the least: {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s measured now on this {device.type}")
-    for name, amount in {**seconds, "together": sum(seconds.values())}.items():
-        print(f"  {name:<28}{amount:10.3f}")
-
-
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -819,11 +736,8 @@ def main():
             data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
         asked = {"asr": None, "ast": data.translate_into(lang), "sqa": args.question}[task]
         for path in args.files:
-            mel, lengths, _ = collate([{"audio": data.load_audio(path)}])
-            device = next(model.parameters()).device
-            with autocast(device):
-                frames, lengths = model.hear(mel.to(device), lengths.to(device))
-            print(f"{path}\t{transcribe(model, [{'frames': frames[0].float().cpu(), 'prompt': asked}], args.beam, args.max_new)[0]}")
+            heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
+            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new)[0]}")
         return
 
     corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang)

@@ -45,31 +45,29 @@ Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript wi
 import argparse
 import functools
 import json
-import math
 import os
-import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import sft
 from encoder import length_mask
-from eval import autocast, hear_set, keep_transcripts, load_model, pick_device, print_table, shortfall, transcribe
+from eval import autocast, hear_set, keep_transcripts, load_model, pick_device, print_table, transcribe
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; without the KL its runs do not diverge, and save the reference's forward pass.
 # Dynamic sampling is DAPO's own (2503.14476); what 2509.01939 calls DAPO goes without, --no-dynamic-sampling.
+GRPO = dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False)
 ALGOS = {
-    "grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False),
-    "dapo": dict(beta=0.0, eps_low=0.2, eps_high=0.28, loss_norm="token", std=True, dynamic_sampling=True),
-    "dr_grpo": dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="constant", std=False, dynamic_sampling=False),
-    "ibm": dict(beta=0.02, eps_low=0.2, eps_high=0.2, loss_norm="token", std=True, dynamic_sampling=False),  # 2509.16990; its G is 8
+    "grpo": GRPO,
+    "dapo": GRPO | dict(eps_high=0.28, loss_norm="token", dynamic_sampling=True),
+    "dr_grpo": GRPO | dict(loss_norm="constant", std=False),
+    "ibm": GRPO | dict(beta=0.02, loss_norm="token"),  # 2509.16990; its G is 8
     # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
-    **dict.fromkeys(("rba_group", "rba_single"), dict(beta=0.1, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=False,
-                                                      dynamic_sampling=False)),
+    **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(beta=0.1, std=False)),
 }
 
 RBA = ("rba_group", "rba_single")
@@ -90,6 +88,12 @@ def group_advantages(rewards, std=True):
     return advantages * varied[:, None], varied
 
 
+def k3(ref, logp, mask):
+    """Eq. 5 (N, T), 0 off the mask, which comes before exp: padding could overflow."""
+    gap = (ref - logp).masked_fill(~mask, 0.0)
+    return gap.exp() - gap - 1
+
+
 def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_high, off=None, shaping=0.0):
     """Eq. 3 with its sign turned, summed over N transcripts, and how many tokens the clip held back.
 
@@ -106,8 +110,7 @@ def policy_loss(logp, old, ref, advantages, mask, weight, beta, eps_low, eps_hig
         clipped = torch.where(off[:, None], ratio, clipped)
     gain = torch.minimum(ratio * A, clipped * A)
     if beta:
-        gap = (ref - logp).masked_fill(~mask, 0.0)  # masked before exp: padding could overflow
-        gain = gain - beta * (gap.exp() - gap - 1)                             # Eq. 5
+        gain = gain - beta * k3(ref, logp, mask)                               # Eq. 5
     held = ((clipped - ratio) * A < 0) & mask
     return -(gain * mask * weight).sum(), held.sum()
 
@@ -311,8 +314,8 @@ def train(args, corpus):
     """
     folder, config, remedy = rl_config(args)
     start = os.path.join("runs", args.name, "speech")
-    state = sft.open_run(folder, config, remedy)
-    if state and state["step"] == args.steps:
+    row = sft.open_run(folder, config, remedy)
+    if row["step"] == args.steps:
         return folder
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
@@ -325,41 +328,21 @@ def train(args, corpus):
     parameters = sft.trained_parameters("grpo", model)
     parallel = sft.data_parallel(model, parameters)
     opts = sft.optimizers(model, parameters, args.lr, args.grpo_muon)
-    first, best, seconds = sft.restore(state, model, opts, device) if state else (0, math.inf, 0.0)
-    drawn = -(-state["drawn"] // sft.world()) if state else 0  # a process's batches; with dynamic sampling not the number of steps
-    del state
-    log = sft.Log(folder, first)
+    drawn = -(-row.get("drawn", 0) // sft.world())  # a process's batches; with dynamic sampling not the number of steps
     dev = sft.dev_set("speech", model, corpus, args) if sft.rank() == 0 else []
-    dev_refs = [item["target"] for item in dev]
-    if sft.world() > 1:  # all began with the same weights; from here on each has its own samples
-        torch.manual_seed(args.seed * 10 + 5 + 1000 * (1 + sft.rank()) + 10**6 * first)
-    bar = tqdm(range(first, args.steps), desc=f"{args.algo:8}", initial=first, total=args.steps, disable=sft.rank() > 0)
     most = args.steps * args.accumulate * (args.max_draws if args.dynamic_sampling else 1)
     control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
     again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST * sft.world(), different)
     keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
-    started = saved = time.time()
-    for step in bar:
-        row = {}
+    score = lambda: sft.dev_score("grpo", model, dev, corpus, device, args.max_new)
+    shown = {"reward": "reward", "flat": "zero_variance", "H": "entropy", **({"kl": "kl"} if args.beta else {})}
+    for row in sft.training(args.algo, folder, row, args.steps, model, opts, device, args.seed * 10 + 5, args.grpo_dev_evals, score, shown):
         with sft.gathered(model):
             parts = model(lambda model: gather_rollouts(model, supply, args, device, row))
         drawn += len(parts)
-        update(parallel, reference, opts, parameters, parts, args, row, step, device)
-        kl = {"kl": f"{row['kl']:.3f}"} if args.beta else {}
-        bar.set_postfix(reward=f"{row['reward']:.3f}", flat=f"{row['zero_variance']:.2f}", H=f"{row['entropy']:.2f}", **kl,
-                        dev=f"{best:.2f}")
-        if (step + 1) % max(1, args.steps // args.grpo_dev_evals) == 0 or step + 1 == args.steps:
-            score = lambda: shortfall(args.task, dev_refs, transcribe(model, dev, max_new=args.max_new))
-            row["dev"], best = sft.look_at_dev(model, folder, best, score)
-        log(step=step + 1, seconds=seconds + time.time() - started, **row)
-        if step + 1 == args.steps or sft.time_to_save(saved, device):
-            began = time.time()
-            state = sft.snapshot(model, opts, step + 1, best, seconds + began - started, device)
-            sft.save(os.path.join(folder, "last.pt"), {**state, "drawn": drawn * sft.world()})
-            saved = time.time() + sft.SAVE_SECONDS * (time.time() - began)
-            state = None
-    sft.wait()
+        row["drawn"] = drawn * sft.world()
+        update(parallel, reference, opts, parameters, parts, args, row, row["step"], device)
     sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
     return folder
 
@@ -390,7 +373,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         pieces += [[*nothing] for _ in range(most - len(pieces))]
     model.train()
     for u in range(args.updates):
-        total = held = kl = entropy_sum = seen = 0.0
+        figures = np.zeros(5)
         for i, piece in enumerate(pieces):
             frames, lengths, asked, tokens, n, advantages, off, old = piece
             tokens = tokens[:, :int(n.max())]
@@ -418,20 +401,15 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             real = float(i < n_real)
             (loss * (real * sft.world())).backward()  # a sum over the processes, of which DDP and FSDP take the mean
             with torch.no_grad():
-                mask = mask & bool(real)
-                total, held, seen = total + float(loss) * real, held + float(clip) * real, seen + float(mask.sum())
-                entropy_sum += float((entropy * mask).sum())
-                if ref is not None:
-                    gap = (ref - logp).masked_fill(~mask, 0.0)
-                    kl += float((gap.exp() - gap - 1).sum())
+                kl = k3(ref, logp, mask).sum() if ref is not None else 0
+                figures += real * np.array([float(x) for x in (loss, clip, kl, (entropy * mask).sum(), mask.sum())])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if n_pieces:  # else there are no gradients, or DDP's zeros, on which AdamW would move
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
     if args.shard and reference is not None:
         reference.reset_iter_state()
-    total, held, kl, entropy_sum, seen = sft.summed((total, held, kl, entropy_sum, seen), device)
-    seen = max(1.0, seen)
-    row.update(loss=total, clip=held / seen, kl=kl / seen, entropy=entropy_sum / seen, grad_norm=float(norm))
+    loss, held, kl, entropy, seen = sft.summed(figures, device)
+    row.update(loss=loss, grad_norm=float(norm), **{k: v / max(1.0, seen) for k, v in (("clip", held), ("kl", kl), ("entropy", entropy))})
 
 
 def report(args, corpus, folder):

@@ -23,6 +23,7 @@ import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder, length_mask
@@ -253,7 +254,8 @@ class SpeechLM(nn.Module):
         *before, after = embedded.split([*map(len, before), 1])
         heard = self.projection(frames)                                        # (B, T, D)
         rows = [torch.cat([b, row[:n], after]) for b, row, n in zip(before, heard, lengths.tolist())]
-        return left_pad(rows), lengths + torch.tensor([len(b) + 1 for b in before], device=lengths.device)
+        lengths = lengths + torch.tensor([len(b) + 1 for b in before], device=lengths.device)
+        return pad_sequence(rows, batch_first=True, padding_side="left"), lengths
 
     def prefill(self, x, length):
         """Runs B left-padded prompts x (B, P, D) of `length` (B,) through the decoder once -> Prompt."""
@@ -311,12 +313,6 @@ class SpeechLM(nn.Module):
     def decode(self, tokens, lengths):
         """Token rows (N, T), valid for `lengths` (N,) -> N strings; <EOS> and the other control tokens are silent."""
         return self.tokenizer.decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())])
-
-
-def left_pad(rows):
-    """Tensors (n_i, D) -> (B, max n, D) with zeros on the left, so that all prompts end together."""
-    longest = max(len(row) for row in rows)
-    return torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
 
 
 def right_pad(rows, device=None):

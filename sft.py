@@ -30,7 +30,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import itertools
+import functools
 import json
 import math
 import os
@@ -42,16 +42,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode  # a CPU's operators, without data
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import Chunks, autocast, collate, dry_run, finished, hear_set, load_model, loader, pick_device, shortfall, transcribe
-from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, left_pad, load_tokenizer, right_pad,
+from eval import (autocast, chunks, collate, finished, forward_flops, hear_set, limits, listen, load_model, loader, pick_device,
+                  shortfall, transcribe)
+from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
 
@@ -82,20 +85,14 @@ def add_arguments(p):
     p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
     p.add_argument("--teacher-steps", type=int, default=0, help="above 0: a teacher invents all that is said and answered (RBA)")
     p.add_argument("--dialogues", type=int, default=12000, help="how many it invents")
-    p.add_argument("--encoder-steps", type=int, default=240, help="optimiser steps of the stage encoder")
-    p.add_argument("--encoder-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--text-steps", type=int, default=80, help="optimiser steps of the stage text")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
-    p.add_argument("--text-lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--read-steps", type=int, default=600, help="optimiser steps of the stage read; 0 leaves it out")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
-    p.add_argument("--read-lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--speech-steps", type=int, default=2600, help="optimiser steps of the stage speech")
     p.add_argument("--speech-batches", type=int, default=420, help="different batches it hears, and keeps; the first are the encoder's")
-    p.add_argument("--speech-lr", type=float, default=3e-3, help="peak learning rate of the stage speech")
-    p.add_argument("--control-steps", type=int, default=1250, help="optimiser steps of SFT continued: about as long as GRPO")
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
-    p.add_argument("--control-lr", type=float, default=5e-4, help="peak learning rate of SFT continued")
+    for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""), ("read", 600, 3e-3, "; 0 leaves it out"),
+                                   ("speech", 2600, 3e-3, ""), ("control", 1250, 5e-4, ", SFT continued: about as long as GRPO")):
+        p.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"optimiser steps of the stage {stage}{note}")
+        p.add_argument(f"--{stage}-lr", type=float, default=lr, help=f"peak learning rate of the stage {stage}")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
     p.add_argument("--spec-augment", type=int, choices=[0, 1], help="1: speech hears new batches, masked; default: recorded data only")
     p.add_argument("--views", type=int, choices=[0, 1], default=1,
@@ -151,11 +148,6 @@ def summed(numbers, device):
     total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def time_to_save(saved, device):
-    """Whether the first process's last checkpoint is SAVE_SECONDS old: all have to know, where the model is shared out."""
-    return summed([float(rank() == 0 and time.time() - saved > SAVE_SECONDS)], device)[0] > 0
 
 
 def data_parallel(model, parameters):
@@ -287,7 +279,7 @@ def check_config(folder, config, remedy="--name"):
 
 
 def open_run(folder, config, remedy="--name"):
-    """Makes the folder and its config.json, or checks them. Returns the state in last.pt, or None."""
+    """Makes the folder and its config.json, or checks them. Returns what was logged of the step that last.pt holds; without, step 0."""
     check_config(folder, config, remedy)
     wait()
     if rank() == 0:
@@ -297,33 +289,15 @@ def open_run(folder, config, remedy="--name"):
             json.dump(config, f, indent=1)
         os.replace(path + ".tmp", path)
     wait()
-    last = os.path.join(folder, "last.pt")
-    return torch.load(last, map_location="cpu", weights_only=False, mmap=True) if os.path.exists(last) else None  # read when looked at
+    if not os.path.exists(os.path.join(folder, "last.pt")):
+        return {"step": 0}
+    state = last_state(folder)
+    return state.get("row", {"step": state["step"]})  # without in runs of before today, of use where they are finished
 
 
-class Log:
-    """metrics.jsonl, one JSON object a line. On resuming, lines after the checkpoint's step go: they will come again."""
-
-    def __init__(self, folder, step):
-        path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
-        kept = []
-        if rank() == 0 and os.path.exists(path):
-            with open(path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.file = open(path, "w")
-        self.file.writelines(kept)
-        self.file.flush()
-
-    def __call__(self, **row):
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-        self.file.flush()
-
-
-def snapshot(model, opts, step, best, seconds, device):
-    """All that a loop needs to go on as if nothing had happened; the data's order follows from the step."""
-    return {"configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]), "step": step,
-            "best": best, "seconds": seconds, "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+def last_state(folder):
+    """What last.pt holds, each tensor read when it is looked at."""
+    return torch.load(os.path.join(folder, "last.pt"), map_location="cpu", weights_only=False, mmap=True)
 
 
 def look_at_dev(model, folder, best, score):
@@ -341,7 +315,7 @@ def look_at_dev(model, folder, best, score):
 
 @torch.no_grad()
 def restore(state, model, opts, device):
-    """The opposite of snapshot -> step, best, seconds."""
+    """Sets model, optimisers and random states back to what `training` saved."""
     for name, p in model.state_dict().items():
         saved = state["model"][name].to(p.device)
         p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
@@ -354,7 +328,42 @@ def restore(state, model, opts, device):
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
-    return state["step"], state["best"], state["seconds"]
+    return state["best"]
+
+
+def training(label, folder, row, steps, model, opts, device, seed, looks, score, shown):
+    """The loop of every stage: yields `row` before each step that is left, for the caller to make the step and to fill in what
+    metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is needed to go
+    on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
+    first, kept = row["step"], []
+    best = restore(last_state(folder), model, opts, device) if first else math.inf
+    if world() > 1:  # all began with the same weights; from here on each has its own masks, slips and samples
+        torch.manual_seed(seed + 1000 * (1 + rank()) + 10**6 * first)
+    path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
+    if rank() == 0 and os.path.exists(path):  # lines after the checkpoint's step will come again
+        with open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
+    log = open(path, "w", buffering=1)
+    log.writelines(kept)
+    bar = tqdm(range(first, steps), desc=f"{label:8}", initial=first, total=steps, disable=rank() > 0)
+    started, saved = time.time() - row.get("seconds", 0.0), time.time()
+    for step in bar:
+        row.pop("dev", None)
+        yield row
+        row["step"], end = step + 1, step + 1 == steps
+        bar.set_postfix({**{name: f"{row[key]:.3f}" for name, key in shown.items()}, "dev": f"{best:.2f}"})
+        if end or (step + 1) % max(1, steps // looks) == 0:
+            row["dev"], best = look_at_dev(model, folder, best, score)
+        began = time.time()
+        row["seconds"] = began - started
+        log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        if summed([float(end or rank() == 0 and began - saved > SAVE_SECONDS)], device)[0]:  # all have to know: weights may be shared out
+            save(os.path.join(folder, "last.pt"), {
+                "configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]),
+                "step": step + 1, "row": row, "best": best, "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+            saved = time.time() + SAVE_SECONDS * (time.time() - began)
+    wait()
 
 
 def orthogonal(g):
@@ -428,35 +437,33 @@ HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change:
 AHEAD = {}  # key -> the iterator that will yield it: what the workers hear during a stage for the stage after it
 
 
-class Batches(torch.utils.data.Dataset):
+def make(corpus, ear, keys):
     """Batches by key (stream, size, k), functions of key and seed alone: so a resumed run sees what it would have seen.
 
-    An index is a list of keys, which one worker makes together. With `ear`, a model, it hears them as well. Tensors go home as
-    numpy arrays: as tensors each would hold a file descriptor for as long as it lives, and 1,024 are often all there are.
+    One worker makes these together; with `ear`, a model, it hears them as well. Tensors go home as numpy arrays: as tensors each
+    would hold a file descriptor for as long as it lives, and 1,024 are often all there are.
     """
-
-    def __init__(self, corpus, ear=None):
-        self.corpus, self.ear = corpus, ear
-
-    def __getitem__(self, keys):
-        return [tuple(x.numpy() if torch.is_tensor(x) else x for x in self.make(key)) for key in keys]
-
-    def make(self, key):
-        stream, size, k = key
+    made = []
+    for stream, size, k in keys:
         if stream in ("text", "read"):
-            return self.corpus.texts(stream, k, size)
-        batch = MADE.get(key) or collate(self.corpus.train_batch(stream, k, size))  # without fork (macOS) MADE is empty here
-        if self.ear is None:
-            return batch
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(repr((self.corpus.seed, key)).encode()))  # of the masks: the stream "speech" is masked
-            return listen(self.ear, batch, torch.device("cpu"), stream == "speech")
+            made.append(corpus.texts(stream, k, size))
+            continue
+        batch = MADE.get((stream, size, k)) or collate(corpus.train_batch(stream, k, size))  # without fork (macOS) MADE is empty here
+        if ear is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(repr((corpus.seed, (stream, size, k))).encode()))  # of the masks: "speech" is masked
+                batch = listen(ear, batch, torch.device("cpu"), stream == "speech")
+        made.append(tuple(x.numpy() if torch.is_tensor(x) else x for x in batch))
+    return made
 
 
 def batches(corpus, keys, workers, ear=None, depth=2):
-    """(key, batch) for these keys, in order, made by worker processes, each up to `depth` groups of the corpus's ahead."""
-    groups = [list(keys) for _, keys in itertools.groupby(keys, lambda key: (key[0], key[2] // data.GROUP))]
-    for keys, group in zip(groups, loader(Batches(corpus, ear), groups, workers, depth)):
+    """(key, batch) for these keys, made by workers, each up to `depth` groups of the corpus's ahead: a group's are made together."""
+    groups = {}
+    for key in keys:
+        groups.setdefault((key[0], key[2] // data.GROUP), []).append(key)
+    groups = list(map(sorted, groups.values()))
+    for keys, group in zip(groups, loader(functools.partial(make, corpus, ear), groups, workers, depth)):
         for key, batch in zip(keys, group):
             yield key, tuple(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
 
@@ -467,11 +474,7 @@ def heard(keys, model, corpus, args, device, keep=0, ahead=()):
     On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want.
     """
     ear = model if device.type == "cpu" else None
-    turn = {}  # of a group of batches, which are made together: when one of them is wanted first
-    for key in keys:
-        turn.setdefault(key[2] // data.GROUP, len(turn))
-    wanted = sorted(set(keys), key=lambda key: (turn[key[2] // data.GROUP], key[2]))
-    missing = [key for key in (*wanted, *(ahead if ear else ())) if key not in HEARD and key not in AHEAD]
+    missing = [key for key in dict.fromkeys((*keys, *(ahead if ear else ()))) if key not in HEARD and key not in AHEAD]
     # What is kept anyway may be heard as early as the workers can; else they wait when they are two groups ahead.
     made = batches(corpus, missing, args.workers, ear, depth=200 if all(key[2] < keep for key in keys) else 2)
     AHEAD.update((key, made) for key in missing)
@@ -504,7 +507,7 @@ def replay(at_hand, different, steps):
 
 def training_targets(corpus):
     """The training targets as the model is to write them."""
-    return [normalize(item["target"]) for item in corpus.all_texts()]
+    return [normalize(item["target"]) for item in corpus.items_of("train")]
 
 
 def tokenizer_of(corpus, args):
@@ -512,9 +515,9 @@ def tokenizer_of(corpus, args):
     if args.init:
         return load_model(args.init).tokenizer_bytes
     try:
-        texts = [item["prompt"] for item in corpus.all_texts() if item["prompt"]]
+        texts = [item["prompt"] for item in corpus.items_of("train") if item["prompt"]]
         if args.teacher_steps:  # the teacher writes what is said, too
-            texts += [normalize(item["text"]) for item in corpus.all_texts()]
+            texts += [normalize(item["text"]) for item in corpus.items_of("train")]
         return train_tokenizer(training_targets(corpus) + texts, args.vocab)
     except RuntimeError as e:
         data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these transcripts ({str(e).splitlines()[-1][-120:]})")
@@ -523,7 +526,7 @@ def tokenizer_of(corpus, args):
 def new_model(corpus, args, device="cpu", **shape):
     """Random weights and a tokenizer of the training texts. shape: of the decoder, where it is not that of --llm."""
     tokenizer = tokenizer_of(corpus, args)
-    units = tuple(sorted({unit for item in corpus.all_texts() for unit in corpus.spell(normalize(item["text"]))}))
+    units = tuple(sorted({unit for item in corpus.items_of("train") for unit in corpus.spell(normalize(item["text"]))}))
     llama = dataclasses.replace(LLAMAS[args.llm], vocab=load_tokenizer(tokenizer).get_piece_size(), **shape)
     with torch.device(device):  # "meta": without weights
         return SpeechLM(EncoderConfig(units=units), llama, tokenizer)
@@ -541,15 +544,6 @@ def targets_of(model, texts, device):
     return right_pad([ids + [EOS] for ids in model.tokenizer.encode([normalize(text) for text in texts])], device)
 
 
-def listen(model, batch, device, augment):
-    """(mel (B, T, M), lengths, items) -> the frozen encoder's frames (B, T', D), lengths, items."""
-    mel, lengths, items = batch
-    mel, lengths = mel.to(device), lengths.to(device)
-    with autocast(device):
-        frames, lengths = model.hear(spec_augment(mel, lengths) if augment else mel, lengths)
-    return frames, lengths, items
-
-
 @torch.no_grad()
 def measure_units(model, corpus, size, device):
     """Fills encoder.unit_frames (units + 1, D): the mean frame of each unit, as CTC's best path labels the first of
@@ -565,16 +559,62 @@ def measure_units(model, corpus, size, device):
         model.encoder.unit_frames[u] = frames[label == u].mean(0) if (label == u).any() else frames.mean(0)
 
 
-def print_plan(args, corpus, B, G=1, **kw):
-    """--dry-run: parameters, memory and time of a step, with the mean length of 64 training utterances and of their targets."""
+def saved_bytes(c, B, P, G, T, kind, recompute=False):
+    """Bytes that the learning phase keeps for its backward pass, bf16 weights among them, counted on tensors without data."""
+    def count(n_layers, recompute):
+        model = SpeechLM(EncoderConfig(units=("a",)), dataclasses.replace(c, n_layers=n_layers), train_tokenizer(["a"], 40))
+        model.llm.recompute = recompute
+        x = torch.empty(B, P, c.d, requires_grad=True)
+        weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+        def keep(t):
+            return kept.setdefault(t.untyped_storage()._cdata, t)  # held, lest another tensor gets its number
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long), model.prefill(x, torch.full((B,), P)))
+        return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in weights), graph
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        inside = count(3, False)[0] - count(2, False)[0]  # of one layer: made again, one at a time
+        return count(c.n_layers, recompute)[0] + inside * recompute
+
+
+def print_plan(args, corpus, B, G=1, samples=True, reference=False):
+    """--dry-run: parameters, memory of each GPU like the one at hand (or CPU) and time of a step, with the mean length of 64 training
+    utterances and of their targets. B utterances a batch, G responses each; samples: whether there are rollouts; reference: whether a
+    frozen SFT model stands beside."""
     items = [item for k in range(-(-64 // B)) for item in corpus.train_batch("grpo", k, B)][:64]
-    tokenizer = load_tokenizer(tokenizer_of(corpus, args))
-    seconds = np.mean([item["duration"] if args.data else len(item["audio"]) / data.SAMPLE_RATE for item in items])
-    P = round(25 * seconds + np.mean([len(tokenizer.encode(item["prompt"] or INSTRUCTION)) + 4 for item in items]))
-    T = round(np.mean([len(ids) + 1 for ids in tokenizer.encode([normalize(item["target"]) for item in items])]))
     model = load_model(args.init) if args.init else new_model(corpus, args, device="meta")
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    dry_run(model.llm.config, encoder, B, P, G, T, args, **kw)
+    tokenize, c = model.tokenizer.encode, model.llm.config
+    seconds = np.mean([item["duration"] if args.data else len(item["audio"]) / data.SAMPLE_RATE for item in items])
+    P = round(25 * seconds + np.mean([len(tokenize(item["prompt"] or INSTRUCTION)) + 4 for item in items]))
+    T = round(np.mean([len(ids) + 1 for ids in tokenize([normalize(item["target"]) for item in items])]))
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.llm))
+    device, n, N = pick_device(args.device), args.dry_run, B * G
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size, share, micro = kind.itemsize, 1 / n if args.shard else 1, min(B, getattr(args, "micro", B))
+    ends = c.vocab * c.d * (1 if c.tie else 2)                                 # embedding and head, which FSDP gathers for a whole pass
+    logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab      # fp32: themselves, softmax, gradient
+    memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share, "gradients, fp32": 4 * decoder * share,
+              "AdamW's moments, fp32": 8 * decoder * share, "frozen SFT model, fp32": 4 * decoder * share * reference,
+              "rollouts: keys, values": 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * args.max_new) * samples,
+              "rollouts: gathered weights": size * decoder * (args.shard and samples),
+              "learning: gathered weights": size * ends * args.shard,
+              "learning: kept for backward": saved_bytes(c, micro, P, G, T, kind, args.recompute) + logits}
+    batches = n * args.accumulate
+    print(f"decoder {decoder / 1e6:,.2f}M parameters, frozen encoder {encoder / 1e6:,.2f}M\na step: {n} process(es) x {args.accumulate} "
+          f"batch(es) x {B} utterances: {batches * B * P:,} prompt positions, {batches * N:,} responses of {T} tokens\n\n"
+          "memory of each process, GB (rollouts and learning take turns)")
+    for name, amount in memory.items():
+        print(f"  {name:<28}{amount / 1e9:10.3f}")
+    rate, copy = limits(device)
+    forward = args.accumulate * forward_flops(c, B, P, N, T)
+    passes = (3 + args.recompute + reference) * getattr(args, "updates", 1)    # a backward pass costs two forward ones
+    seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": passes * forward / rate,
+               "rollouts": max(forward / rate, args.accumulate * T * size * decoder / copy) * samples}
+    print(f"\nseconds of a step, at the least: {rate / 1e12:.2f} TFLOP/s and {copy / 1e9:.1f} GB/s measured now on this {device.type}")
+    for name, amount in {**seconds, "together": sum(seconds.values())}.items():
+        print(f"  {name:<28}{amount:10.3f}")
 
 
 def unit_numbers(model):
@@ -646,9 +686,9 @@ def dev_score(stage, model, dev, corpus, device, max_new):
 def dev_set(stage, model, corpus, args):
     """What dev_score wants: texts, batches of features, or items with the frozen encoder's frames."""
     if stage in ("text", "read"):
-        return corpus.dev_texts()[:args.dev_size]
+        return corpus.items_of("dev")[:args.dev_size]
     if stage == "encoder":
-        return list(Chunks(corpus, "dev", min(240, args.dev_size)))  # four times as many phones as words: fewer will do
+        return list(chunks(corpus, "dev", min(240, args.dev_size)))  # four times as many phones as words: fewer will do
     if "dev" not in HEARD:
         HEARD["dev"] = hear_set(model, corpus, "dev", args.workers, args.dev_size)
     return HEARD["dev"]
@@ -698,22 +738,23 @@ def check_stages(args):
 def run_stage(stage, args, corpus, ahead=()):
     """Trains one stage, or goes on with it, or finds it done. Returns its folder. ahead: keys for `heard` that RL will want."""
     folder, steps, lr, size, stream, fresh, before = stage_plan(stage, args)
-    state = open_run(folder, stage_config(stage, args))
+    row = open_run(folder, stage_config(stage, args))
     if args.init and stage == "speech":
         before, steps = args.init, 0
-    if steps == 0 and not state:
+    if steps == 0:
         if rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
             shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt.tmp"))
             os.replace(os.path.join(folder, "best.pt.tmp"), os.path.join(folder, "best.pt"))
         wait()
         return folder
-    if state and state["step"] == steps:
+    if row["step"] == steps:
         return folder
-    torch.manual_seed(args.seed * 10 + ORDER.index(stage))
+    first, seed = row["step"], args.seed * 10 + ORDER.index(stage)
+    torch.manual_seed(seed)
     device = pick_device(args.device)
     home = torch.device("cpu") if args.shard else device  # where a model is whole
     model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
-    if stage == "read" and not state:
+    if stage == "read" and not first:
         measure_units(model, corpus, args.batch, home)
     if args.shard and stage != "encoder":
         shard(model, device)
@@ -722,8 +763,6 @@ def run_stage(stage, args, corpus, ahead=()):
     parameters = trained_parameters(stage, model)
     parallel = data_parallel(model, parameters)
     opts = optimizers(model, parameters, lr, args.muon)
-    first, best, seconds = restore(state, model, opts, device) if state else (0, math.inf, 0.0)
-    log = Log(folder, first)
     dev = dev_set(stage, model, corpus, args) if rank() == 0 else None
     each = args.accumulate * world()  # batches a step
     draws = steps * each
@@ -734,13 +773,8 @@ def run_stage(stage, args, corpus, ahead=()):
     else:
         supply = batches(corpus, order, args.workers)
     use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
-    if world() > 1:  # all began with the same weights; from here on each has its own masks and slips
-        torch.manual_seed(args.seed * 10 + ORDER.index(stage) + 1000 * (1 + rank()) + 10**6 * first)
-    bar = tqdm(range(first, steps), desc=f"{stage:8}", initial=first, total=steps, disable=rank() > 0)
-    started = saved = time.time()
-    average = state["average"] if state else None
-    del state  # of a large model some GB
-    for step in bar:
+    score = lambda: dev_score(stage, model, dev, corpus, device, args.max_new)
+    for row in training(stage, folder, row, steps, model, opts, device, seed, args.dev_evals, score, {"loss": "loss"}):
         model.train()
         total, tokens = 0.0, 0
         for i in range(args.accumulate):
@@ -756,19 +790,9 @@ def run_stage(stage, args, corpus, ahead=()):
             if parameter.grad is not None:
                 parameter.grad /= tokens / world()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        step_all(opts, cosine(step, steps, warmup=max(1, steps // 10)), keep=parallel is not model)
-        average = total / tokens if average is None else 0.95 * average + 0.05 * total / tokens
-        bar.set_postfix(loss=f"{average:.3f}", dev=f"{best:.2f}")
-        if (step + 1) % max(1, steps // args.dev_evals) == 0 or step + 1 == steps:
-            score, best = look_at_dev(model, folder, best, lambda: dev_score(stage, model, dev, corpus, device, args.max_new))
-            log(step=step + 1, loss=average, grad_norm=float(norm), dev=score, seconds=seconds + time.time() - started)
-        if step + 1 == steps or time_to_save(saved, device):
-            began = time.time()
-            now = snapshot(model, opts, step + 1, best, seconds + began - started, device)
-            save(os.path.join(folder, "last.pt"), {**now, "average": average})
-            del now
-            saved = time.time() + SAVE_SECONDS * (time.time() - began)
-    wait()
+        step_all(opts, cosine(row["step"], steps, warmup=max(1, steps // 10)), keep=parallel is not model)
+        row["loss"] = 0.95 * row["loss"] + 0.05 * total / tokens if "loss" in row else total / tokens
+        row["grad_norm"] = float(norm)
     use_cores(args.workers)
     for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
         for key in [key for key in kept if key[0] == stream]:
@@ -830,7 +854,8 @@ def dialogue_loss(model, items, device):
 def user_turns(model, rows, device):
     """Prompts <User> row, for lists of tokens."""
     embedded = [model.llm.embed(torch.tensor([USER, *row], device=device)) for row in rows]
-    return model.prefill(left_pad(embedded), torch.tensor([len(x) for x in embedded], device=device))
+    lengths = torch.tensor([len(x) for x in embedded], device=device)
+    return model.prefill(pad_sequence(embedded, batch_first=True, padding_side="left"), lengths)
 
 
 @torch.no_grad()

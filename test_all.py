@@ -36,7 +36,7 @@ import grpo
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
-from eval import agreement, as_transformers, bench_earshot, change, collate, counts_of, draws, forward_flops, mean_change, saved_bytes
+from eval import agreement, as_transformers, bench_earshot, change, collate, counts_of, draws, forward_flops, listen, mean_change
 from eval import bench as eval_bench
 from eval import loader as eval_loader
 from eval import main as eval_main
@@ -45,7 +45,7 @@ from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, roll
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
                    filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
 from rewards import REWARDS
-from sft import listen, stage_loss, targets_of, trained_parameters
+from sft import saved_bytes, stage_loss, targets_of, trained_parameters
 
 torch.set_num_threads(1)
 
@@ -872,27 +872,20 @@ def test_workers_hear_what_the_model_would_hear_and_mask_only_speech():
     assert torch.equal(again[0], got[1][1][0])
 
 
-class Broken(torch.utils.data.Dataset):
-    """Item 1 cannot be made."""
-
-    def __getitem__(self, k):
-        return [k] if k != 1 else data.die("x.wav: broken")
-
-
 def test_workers_pass_on_bad_input_and_hold_no_files_open(capfd):
     with pytest.raises(SystemExit) as end:
-        list(eval_loader(Broken(), range(3), 1))
+        list(eval_loader(lambda k: [k] if k != 1 else data.die("x.wav: broken"), range(3), 1))
     assert end.value.code == 2 and capfd.readouterr().err == "error: x.wav: broken\n"
     corpus, key = data.open_corpus(None, 0, 3), ("encoder", 1, 0)  # a tensor from a worker holds a file open as long as it lives
     tensors = lambda batch: sum(map(torch.is_tensor, batch))
     assert tensors(collate(corpus.train_batch("encoder", 0, 1))) == 2  # the control
-    assert tensors(sft.Batches(corpus)[[key]][0]) == 0 and tensors(next(sft.batches(corpus, [key], 1))[1]) == 2
+    assert tensors(sft.make(corpus, None, [key])[0]) == 0 and tensors(next(sft.batches(corpus, [key], 1))[1]) == 2
 
 
 def test_read_stage_spells_in_mean_frames_and_trains_the_projection(monkeypatch):
     monkeypatch.setattr(sft, "MEASURED", 128)
     corpus = data.open_corpus(None, 0, 3)
-    units = tuple(sorted({u for item in corpus.all_texts() for u in corpus.spell(item["text"])}))
+    units = tuple(sorted({u for item in corpus.items_of("train") for u in corpus.spell(item["text"])}))
     model = SpeechLM(EncoderConfig(units=units, d=16, n_layers=1, n_heads=2, ffn=16, channels=2),
                      LlamaConfig(vocab=60, d=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn=16), tiny_model().tokenizer_bytes)
     sft.measure_units(model, corpus, 128, "cpu")
@@ -1270,8 +1263,8 @@ def test_conditions_differ_as_they_say():
     quiet = {c: np.mean([np.percentile(np.abs(i["audio"]), 10) / np.abs(i["audio"]).max() for i in rows]) for c, rows in items.items()}
     assert quiet["hard"] > 2 * quiet["clean"]
     said = np.sin(np.arange(16000) / 4).astype(np.float32)
-    said[8000:] = 0                                                            # what ood is made of: only echo outlasts the voice,
-    tail = {c: np.mean([np.abs(data.degrade(said, c, np.random.default_rng(i))[8200:8600]).mean() for i in range(12)])
+    said[8000:], babble = 0, data.babble_tracks()                              # what ood is made of: only echo outlasts the voice,
+    tail = {c: np.mean([np.abs(data.degrade(said, c, np.random.default_rng(i), babble)[8200:8600]).mean() for i in range(12)])
             for c in ("far", "pauses")}
     assert tail["far"] > 1.3 * tail["pauses"]
     seconds = {c: np.mean([len(data.utterance("test", i, 0, c)["audio"]) for i in range(12)]) for c in ("far", "pauses")}
@@ -1676,7 +1669,7 @@ def test_rba_in_miniature(tmp_path):
     row = json.loads(open(folder.parent / "single-ce" / "metrics.jsonl").readline())
     assert row["loss"] > 0 and row["zero_variance"] < 1
     out = command(tmp_path, "eval.py", "--table", "rba", "--seeds", "0", "--test-size", "4")
-    assert "AGREE" in out and "missing: python grpo.py --task sqa --algo rba_single --reward bleu --seed 0" in out
+    assert "Agree" in out and "missing: python grpo.py --task sqa --algo rba_single --reward bleu --seed 0" in out
     assert "RBA-Group " in out and "RBA-Single, CE" in out and "33.0" in out
     for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"], ["--beta", "0"], ["--rollout", "beam"]):
         assert command(tmp_path, "grpo.py", "--algo", "rba_group", *small, *bad, code=2).count("\n") == 1
