@@ -720,7 +720,7 @@ def item_from_line(raw, where, folder, check):
     """One manifest line (bytes) as an item; dies with `where` (FILE:LINE) about anything wrong with it."""
     try:
         item = json.loads(raw)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
     if not isinstance(item, dict):
         die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
@@ -729,16 +729,23 @@ def item_from_line(raw, where, folder, check):
             die(f"{where}: no {key!r}; every line needs audio_filepath and text")
     for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question", "answer"):
         by_lang = key == "translation" and isinstance(item.get(key), dict)         # {"de": "...", "fr": "..."}
-        if key in item and not isinstance(item[key], str) and not by_lang:
-            die(f"{where}: {key!r} is {json.dumps(item[key])[:40]}, not a string; put it in quotes")
+        for value in item[key].values() if by_lang else [item[key]] if key in item else []:
+            if not isinstance(value, str):
+                die(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a string; put it in quotes")
     for key in ("audio_filepath", "text", "id", "lang", "split"):
         if key in item and not item[key].strip():
             die(f"{where}: {key!r} is empty; fill it in or drop the line")
+    if not any(map(str.isalnum, item["text"])):
+        die(f"{where}: 'text' has no letter and no digit; fill it in or drop the line")
+    if os.sep in item.get("split", "") or item.get("split") in (".", ".."):
+        die(f"{where}: split {item['split']!r} is to name files; give it a name without {os.sep}")
+    if item.get("offset"):
+        die(f"{where}: has an offset, and files are read whole; cut the audio, or drop the line")
     path = os.path.normpath(os.path.join(folder, item["audio_filepath"]))
     if check and not os.path.isfile(path):
         die(f"{where}: audio file {path} does not exist; paths are taken from the manifest's folder")
     seconds = item["duration"] if "duration" in item else duration_of(path, where)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
         die(f"{where}: duration {json.dumps(seconds)} is not a positive number of seconds; "
             "correct it, or leave it out to have it read from the file")
     stem = os.path.splitext(os.path.basename(path))[0]
@@ -786,7 +793,7 @@ def read_librispeech(root, files):
                 die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
             seen[key] = where
             audio = file.resolve().parent / f"{key}.flac"
-            if not text.strip():
+            if not any(map(str.isalnum, text)):
                 die(f"{where}: {key} has no transcript; fill it in or drop the line")
             if not audio.is_file():
                 die(f"{where}: {audio} does not exist; unpack the audio again or drop the line")
@@ -796,13 +803,14 @@ def read_librispeech(root, files):
     return items
 
 
-def read_data(path):
+def read_data(path, deal=True):
     """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id,
     audio_filepath (absolute), duration (s), text, lang, speaker, and whatever else its manifest line held.
     path: a folder with manifest.jsonl, a .jsonl or .json file (one object a line), or a LibriSpeech tree.
     Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
     where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
-    Without a dev split, 5 % of train is set aside. Bad input ends the program with a line saying where."""
+    Without a dev split, 5 % of train is set aside. deal False: for testing alone; what has no split is "test".
+    Bad input ends the program with a line saying where."""
     root = Path(path)
     if not root.exists():
         die(f"{path}: no such file or folder; give a manifest (.jsonl), its folder or a LibriSpeech tree")
@@ -821,13 +829,13 @@ def read_data(path):
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
-        name = item.get("split")
+        name = item.get("split", None if deal else "test")
         if name is None:
             x = share(item["speaker"] if by_speaker and item["speaker"] else item["id"])
             name = "train" if x < 0.8 else "dev" if x < 0.9 else "test"
         name = "train" if name.startswith("train-") else "dev" if name.startswith("dev-") else name
         splits.setdefault("dev" if name in ("validation", "valid") else name, []).append(item)
-    if "dev" not in splits and len(splits.get("train", [])) > 1:
+    if deal and "dev" not in splits and len(splits.get("train", [])) > 1:
         train = sorted(splits["train"], key=lambda i: share(i["id"]))
         chosen = {id(i) for i in train[:math.ceil(0.05 * len(train))]}
         splits["dev"] = [i for i in splits["train"] if id(i) in chosen]
@@ -836,11 +844,12 @@ def read_data(path):
 
 
 class Recorded:
-    """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views (views 0: as it is), tests as it is."""
+    """Recorded speech, by `read_data`. Training hears each utterance in ever new noisy views (views 0: as it is), tests as it is.
+    train False: all of it is for testing."""
 
-    def __init__(self, path, seed, task="asr", lang="de", views=1):
+    def __init__(self, path, seed, task="asr", lang="de", views=1, train=True):
         self.seed, self.task, self.views = seed, task, views
-        found = read_data(path)
+        found = read_data(path, deal=train)
         self.data = {name: [posed for item in items if (posed := pose(item, task, lang))] for name, items in found.items()}
         total, kept = (sum(map(len, splits.values())) for splits in (found, self.data))
         need = {"ast": f'"translation" into {lang}', "sqa": '"question" and "answer"'}.get(task)
@@ -848,11 +857,15 @@ class Recorded:
             die(f"{path}: --task {task} needs {need}, and no utterance has it; add it to the manifest's lines")
         if kept < total:
             print(f"{path}: {total - kept} of {total} utterances are left out: --task {task} needs {need}", file=sys.stderr)
-        self.sets = {name: len(items) for name, items in self.data.items() if name != "train"}
-        self.tests = [name for name in self.sets if name != "dev"]
+        self.sets = {name: len(items) for name, items in self.data.items() if items and not (train and name == "train")}
+        self.tests = [name for name in self.sets if not (train and name == "dev")] or ["dev"]
         train = self.data.setdefault("train", [])
         self.seconds = np.array([item["duration"] for item in train])
         self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
+        self.contents = 0                    # a number for what is in it: runs on other contents are other runs
+        for name, items in self.data.items():
+            for item in items:
+                self.contents = zlib.crc32(f"{name} {item['id']} {item['prompt']} {item['target']}".encode(), self.contents)
 
     def item(self, name, i):
         """Utterance i of a set as it is: audio None, for its features are kept on disk (eval.features)."""
@@ -916,15 +929,18 @@ def name_of(path):
     return os.path.basename(folder) if name.startswith("manifest.") else name.split(".")[0]
 
 
-def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard", views=1):
+def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard", views=1, train=True):
     """The recorded corpus at `path`, or the embedded one with test sets of `test_size` utterances, as a task poses it."""
-    return Recorded(path, seed, task, lang, views) if path else Embedded(seed, test_size, task, domain)
+    return Recorded(path, seed, task, lang, views, train) if path else Embedded(seed, test_size, task, domain)
 
 
 # ----------------------------------------------------------------------------------------------------- CLI
 def listen(folder, n, seed):
     """Write n utterances of each condition to `folder` as wav and print what they say."""
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        die(f"--listen {folder}: cannot be made ({e}); give the name of a folder")
     for condition in ("clean", "hard", "ood"):
         for i in range(n):
             item = utterance("test", i, seed, condition)

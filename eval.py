@@ -26,6 +26,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -42,13 +43,38 @@ from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, nor
 
 # ---------------------------------------------------------------------------------------------- loading
 def pick_device(name=None):
-    """"cuda" where there is a GPU, else "cpu", unless a name is given."""
+    """"cuda" where there is a GPU, else "cpu", unless a name is given. One that is not there ends the program."""
+    if name and name.split(":")[0] not in ("cpu", "cuda"):
+        data.die(f"--device {name}: give cpu, cuda or cuda:N")
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        data.die(f"--device {name}: torch sees no GPU here; leave the flag out, or give --device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def autocast(device):
     """bf16 compute on a GPU; the weights stay fp32. On CPU nothing changes."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def read_json(path):
+    """What a .json file of a run holds. A file that is damaged ends the program."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if isinstance(found, dict):
+            return found
+        raise ValueError("no object")
+    except (OSError, ValueError) as e:
+        data.die(f"{path}: cannot be read ({e}); remove {os.path.dirname(path)} to make it again, or put the file back")
+
+
+def read_log(folder):
+    """The lines of a run's metrics.jsonl as dictionaries, without one that was cut off."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "metrics.jsonl")) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def load_model(path, device="cpu"):
@@ -58,6 +84,9 @@ def load_model(path, device="cpu"):
         data.die(f"{path}: no such checkpoint; give a folder under runs/ that holds best.pt, or a .pt file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=False)
+        config = os.path.join(os.path.dirname(path), "config.json")
+        if "run" in saved and os.path.exists(config) and saved["run"] != read_json(config):
+            raise ValueError("it is of another run than the config.json beside it")
         model = SpeechLM(*saved["configs"])
         model.load_state_dict(saved["model"])
     except Exception as e:  # a damaged zip, a pickle of something else, a state dict of another shape: all bad input
@@ -116,11 +145,23 @@ def careful(make, key):
         return end
 
 
+def watch(worker, every=3):
+    """Ends a worker whose parent is gone, however that went: one with much to tell would wait for a listener for ever."""
+    parent = os.getppid()
+
+    def look():
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 def loader(make, keys, workers, depth=4):
     """make(key) for each of a list of keys, in order, made in worker processes, each up to `depth` of them ahead."""
     # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
     made = DataLoader(keys, batch_size=None, num_workers=workers, prefetch_factor=depth if workers else None,
-                      collate_fn=functools.partial(careful, make), generator=torch.Generator(),
+                      collate_fn=functools.partial(careful, make), generator=torch.Generator(), worker_init_fn=watch,
                       multiprocessing_context="fork" if workers and sys.platform == "linux" else None)  # sft.MADE goes along
     for batch in made:
         if isinstance(batch, SystemExit):
@@ -375,11 +416,11 @@ def kept_transcripts(folder, name, n, ears, device):
     ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
     """
     name, _, path = name.partition("@")
-    config = json.loads(Path(folder, "config.json").read_text())
+    config = read_json(os.path.join(folder, "config.json"))
     source = None if path == "embedded" else os.path.abspath(path) if path else config["data"]
     stem = f"{name}-{data.name_of(source)}" if path else name
     if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
-        found = json.loads(Path(file).read_text())
+        found = read_json(file)
         if found["data"] == source and (source or len(found["refs"]) == n):
             return found["refs"], found["hyps"]
     model = load_model(folder, device)
@@ -389,7 +430,7 @@ def kept_transcripts(folder, name, n, ears, device):
         ears[key] = hear_set(model, corpus, name)
     refs = [item["target"] for item in ears[key]]
     if "max_new" not in config:  # of the stage read, which never wrote a transcript
-        config = json.loads(Path(folder, "..", "speech", "config.json").read_text())
+        config = read_json(os.path.join(os.path.dirname(folder), "speech", "config.json"))
     hyps = transcribe(model, ears[key], max_new=config["max_new"])
     keep_transcripts(folder, stem, source, refs, hyps)
     return refs, hyps
@@ -412,8 +453,8 @@ def finished(folder):
     """Whether a stage has come to its end: a checkpoint that was best so far is there before."""
     if not os.path.exists(os.path.join(folder, "best.pt")):
         return False
-    steps = json.loads(Path(folder, "config.json").read_text()).get("steps")  # none for --init
-    return not steps or json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1])["step"] == steps
+    steps = read_json(os.path.join(folder, "config.json")).get("steps")  # none for --init
+    return not steps or bool(rows := read_log(folder)) and rows[-1]["step"] == steps
 
 
 def print_paper_table(args):
@@ -723,10 +764,15 @@ def main():
         return print_paper_table(args)
     if not args.ckpt:
         p.error("give --ckpt, the folder of a run, or --table")
+    for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
+        value = getattr(args, key)
+        if value is not None and not least <= value < 2**32:
+            data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
     model = load_model(args.ckpt, pick_device(args.device))
     config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
-    of_run = json.loads(Path(config).read_text()) if os.path.exists(config) else {}
+    of_run = read_json(config) if os.path.exists(config) else {}
     args.seed = of_run.get("seed", 0) if args.seed is None else args.seed
+    known = not args.data or os.path.abspath(args.data) == of_run.get("data")  # else all of it is for testing
     args.data = args.data or of_run.get("data")
     args.max_new = args.max_new or of_run.get("max_new", 64)
 
@@ -740,13 +786,15 @@ def main():
             print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new)[0]}")
         return
 
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang)
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, train=known)
     names = args.sets.split(",") if args.sets else corpus.tests
     for name in names:
         if name not in corpus.sets:
             data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
     models = {args.against: load_model(args.against, pick_device(args.device))} if args.against else {}
-    models = {"/".join(os.path.normpath(path).split(os.sep)[-2:]): m for path, m in {**models, args.ckpt: model}.items()}
+    models[args.ckpt] = model
+    short = {"/".join(os.path.normpath(path).split(os.sep)[-2:]): m for path, m in models.items()}
+    models = short if len(short) == len(models) else models
     for name in names:
         heard = {ckpt: hear_set(m, corpus, name) for ckpt, m in models.items()}
         items = heard[list(models)[-1]]

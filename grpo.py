@@ -275,10 +275,14 @@ def main():
             data.die(f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce")
     elif args.ce:
         data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
+    elif args.shaping and args.off_policy != "reference":
+        data.die(f"--shaping {args.shaping}: is for --off-policy reference")
     elif args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     corpus = sft.finish_arguments(args)
+    if args.overlong > args.max_new:
+        data.die(f"--overlong {args.overlong}: more than the {args.max_new} tokens of --max-new")
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     if args.dry_run:
@@ -336,7 +340,7 @@ def train(args, corpus):
     keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
     score = lambda: sft.dev_score("grpo", model, dev, corpus, device, args.max_new)
-    shown = {"reward": "reward", "flat": "zero_variance", "H": "entropy", **({"kl": "kl"} if args.beta else {})}
+    shown = {"reward": "reward", "flat": "zero_variance", "H": "entropy", **({} if reference is None else {"kl": "kl"})}
     for row in sft.training(args.algo, folder, row, args.steps, model, opts, device, args.seed * 10 + 5, args.grpo_dev_evals, score, shown):
         with sft.gathered(model):
             parts = model(lambda model: gather_rollouts(model, supply, args, device, row))
@@ -410,6 +414,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         reference.reset_iter_state()
     loss, held, kl, entropy, seen = sft.summed(figures, device)
     row.update(loss=loss, grad_norm=float(norm), **{k: v / max(1.0, seen) for k, v in (("clip", held), ("kl", kl), ("entropy", entropy))})
+    if reference is None:
+        row["kl"] = None  # not measured
 
 
 def report(args, corpus, folder):
@@ -420,10 +426,8 @@ def report(args, corpus, folder):
     last = list(models)[-1]
     result = {"config": vars(args), "sets": {}, "seconds": {}}
     for name, path in paths.items():
-        log = os.path.join("runs", args.name, path, "metrics.jsonl")
-        if os.path.exists(log):  # a stage of 0 steps has none
-            with open(log) as f:
-                result["seconds"][name] = json.loads(f.readlines()[-1])["seconds"]
+        for line in sft.read_log(os.path.join("runs", args.name, path))[-1:]:  # a stage of 0 steps has none
+            result["seconds"][name] = line["seconds"]
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in corpus.tests:
         heard = hear_set(models["SFT"], corpus, test, args.workers)

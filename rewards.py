@@ -314,6 +314,8 @@ def parse_reward(spec):
         weight, _, name = term.strip().rpartition("*")
         try:
             terms.append((float(weight or 1), REWARDS[name.strip()]))
+            if not math.isfinite(terms[-1][0]):
+                raise ValueError
         except (KeyError, ValueError):
             raise ValueError(f"{term.strip()!r} is no reward; there are {', '.join(REWARDS)} (rewards.py, REWARDS) and sums "
                              "such as wer+0.5*em") from None

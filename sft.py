@@ -34,10 +34,8 @@ import functools
 import json
 import math
 import os
-import shutil
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,7 +51,7 @@ from tqdm import tqdm
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
 from eval import (autocast, chunks, collate, finished, forward_flops, hear_set, limits, listen, load_model, loader, pick_device,
-                  shortfall, transcribe)
+                  read_json, read_log, shortfall, transcribe)
 from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -215,6 +213,10 @@ def finish_arguments(args):
     args.data = os.path.abspath(args.data) if args.data else None
     if args.init and not finished(args.init):
         data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
+    if args.init and read_json(os.path.join(args.init, "config.json")).get("stage") in ("encoder", "text", "read"):
+        data.die(f"--init {args.init}: has heard no speech yet; give a run's speech, control or RL stage")
+    if args.name and (os.sep in args.name or args.name in (".", "..")):
+        data.die(f"--name {args.name}: the name of a folder under runs/, without {os.sep}")
     if args.init and not args.name:
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
     task, taught = args.task if args.task != "asr" else "", "taught" if args.teacher_steps else ""
@@ -223,12 +225,10 @@ def finish_arguments(args):
     if args.control_batches is None:
         args.control_batches = getattr(args, "steps", 200) * args.accumulate * world()
     for key, value in vars(args).items():
-        if isinstance(value, (int, float)) and value < (0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12):
-            data.die(f"--{key.replace('_', '-')} {value}: too small; see --help for what it means and its default")
-    if args.device and args.device.split(":")[0] not in ("cpu", "cuda"):
-        data.die(f"--device {args.device}: give cpu, cuda or cuda:N")
-    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
-        data.die(f"--device {args.device}: torch sees no GPU here; leave the flag out, or give --device cpu")
+        least = 0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
+        if isinstance(value, (int, float)) and not least <= value < 2**32:
+            data.die(f"--{key.replace('_', '-')} {value}: not from {least} to {2**32}; see --help for what it means and its default")
+    pick_device(args.device)
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
     if not (args.views or args.data):
@@ -241,6 +241,7 @@ def finish_arguments(args):
         data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain, args.views)
+    args.contents = corpus.contents if args.data else None
     for kept in (MADE, HEARD, AHEAD):
         kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
@@ -261,8 +262,11 @@ def save(path, state):
     """torch.save under a temporary name, then renamed: whoever reads `path` sees all of a checkpoint or the one before."""
     if rank():
         return
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    try:
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        data.die(f"{path}: cannot be written ({str(e).splitlines()[0]}); make room and call again: the checkpoint before is still there")
 
 
 def check_config(folder, config, remedy="--name"):
@@ -270,11 +274,11 @@ def check_config(folder, config, remedy="--name"):
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         return
-    with open(path) as f:
-        found, config = json.load(f), json.loads(json.dumps(config))
+    found, config = read_json(path), json.loads(json.dumps(config))
     for key in sorted(config.keys() | found.keys()):
         if found.get(key) != config.get(key):
-            was = "other settings of an earlier stage" if key == "before" else f"{key} {found.get(key)}, now {config.get(key)}"
+            was = {"before": "other settings of an earlier stage", "contents": f"other contents of {config.get('data')}"}.get(
+                key, f"{key} {found.get(key)}, now {config.get(key)}")
             data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
 
 
@@ -282,25 +286,37 @@ def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns what was logged of the step that last.pt holds; without, step 0."""
     check_config(folder, config, remedy)
     wait()
+    path = os.path.join(folder, "config.json")
     if rank() == 0:
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "config.json")
-        with open(path + ".tmp", "w") as f:
-            json.dump(config, f, indent=1)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(path + ".tmp", "w") as f:
+                json.dump(config, f, indent=1)
+        except OSError as e:
+            data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
+    last = os.path.join(folder, "last.pt")
+    row = last_state(folder, json.loads(json.dumps(config)))["row"] if os.path.exists(last) else {"step": 0}
+    wait()
+    if rank() == 0:
         os.replace(path + ".tmp", path)
     wait()
-    if not os.path.exists(os.path.join(folder, "last.pt")):
-        return {"step": 0}
-    state = last_state(folder)
-    return state.get("row", {"step": state["step"]})  # without in runs of before today, of use where they are finished
+    return row
 
 
-def last_state(folder):
-    """What last.pt holds, each tensor read when it is looked at."""
-    return torch.load(os.path.join(folder, "last.pt"), map_location="cpu", weights_only=False, mmap=True)
+def last_state(folder, config):
+    """What last.pt holds, each tensor read when it is looked at. One that is damaged or of another config ends the program."""
+    path = os.path.join(folder, "last.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        if state["run"] == config:
+            return state
+        fault = "it is of a run with other settings"
+    except Exception as e:  # cut short, something else, a folder: all bad input
+        fault = str(e).splitlines()[0][:150]
+    data.die(f"{path}: not the checkpoint that config.json is of ({fault}); remove {folder} to train that stage again")
 
 
-def look_at_dev(model, folder, best, score):
+def look_at_dev(model, folder, run, best, score):
     """score() by the first process, with all of the weights at hand; of equals the later is kept as best.pt -> the score, the best."""
     weights, found = full(model.state_dict()), math.nan
     with gathered(model):
@@ -308,7 +324,7 @@ def look_at_dev(model, folder, best, score):
             found = score()
             if found <= best:
                 best = found
-                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights})
+                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights, "run": run})
         wait()
     return found, best
 
@@ -335,16 +351,16 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
     """The loop of every stage: yields `row` before each step that is left, for the caller to make the step and to fill in what
     metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is needed to go
     on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
-    first, kept = row["step"], []
-    best = restore(last_state(folder), model, opts, device) if first else math.inf
+    first, run = row["step"], read_json(os.path.join(folder, "config.json"))
+    best = restore(last_state(folder, run), model, opts, device) if first else math.inf
     if world() > 1:  # all began with the same weights; from here on each has its own masks, slips and samples
         torch.manual_seed(seed + 1000 * (1 + rank()) + 10**6 * first)
     path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
-    if rank() == 0 and os.path.exists(path):  # lines after the checkpoint's step will come again
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
-    log = open(path, "w", buffering=1)
-    log.writelines(kept)
+    if rank() == 0:  # lines after the checkpoint's step will come again
+        with open(path + ".tmp", "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= first)
+        os.replace(path + ".tmp", path)
+    log = open(path, "a", buffering=1)
     bar = tqdm(range(first, steps), desc=f"{label:8}", initial=first, total=steps, disable=rank() > 0)
     started, saved = time.time() - row.get("seconds", 0.0), time.time()
     for step in bar:
@@ -353,13 +369,13 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
         row["step"], end = step + 1, step + 1 == steps
         bar.set_postfix({**{name: f"{row[key]:.3f}" for name, key in shown.items()}, "dev": f"{best:.2f}"})
         if end or (step + 1) % max(1, steps // looks) == 0:
-            row["dev"], best = look_at_dev(model, folder, best, score)
+            row["dev"], best = look_at_dev(model, folder, run, best, score)
         began = time.time()
         row["seconds"] = began - started
         log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
         if summed([float(end or rank() == 0 and began - saved > SAVE_SECONDS)], device)[0]:  # all have to know: weights may be shared out
             save(os.path.join(folder, "last.pt"), {
-                "configs": model.configs(), "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]),
+                "configs": model.configs(), "run": run, "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]),
                 "step": step + 1, "row": row, "best": best, "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
             saved = time.time() + SAVE_SECONDS * (time.time() - began)
@@ -709,9 +725,10 @@ def stage_config(stage, args):
     """A stage's config.json: its own settings and, in `before`, those of the stages that it stands on."""
     _, steps, lr, size, _, fresh, before = stage_plan(stage, args)
     if args.init and stage == "speech":
-        return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "seed", "domain", "max_new")},
-                "before": json.loads(Path(args.init, "config.json").read_text())}
-    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "seed": args.seed, "steps": steps, "lr": lr,
+        return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "contents", "seed", "domain", "max_new")},
+                "before": read_json(os.path.join(args.init, "config.json"))}
+    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "contents": args.contents, "seed": args.seed,
+            "steps": steps, "lr": lr,
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
             "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
@@ -728,9 +745,9 @@ def stages_to(last, args):
     return [stage for stage in ORDER[:ORDER.index(last) + 1] if not args.init or stage in ("speech", "control")]
 
 
-def check_stages(args):
+def check_stages(args, last="control"):
     """Ends the program if a stage has been run with other settings: before hours go into the first."""
-    for stage in stages_to("control", args):
+    for stage in stages_to(last, args):
         check_config(os.path.join("runs", args.name, stage), stage_config(stage, args))
 
 
@@ -743,8 +760,9 @@ def run_stage(stage, args, corpus, ahead=()):
         before, steps = args.init, 0
     if steps == 0:
         if rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
-            shutil.copyfile(os.path.join(before, "best.pt"), os.path.join(folder, "best.pt.tmp"))
-            os.replace(os.path.join(folder, "best.pt.tmp"), os.path.join(folder, "best.pt"))
+            model = load_model(before)
+            run = read_json(os.path.join(folder, "config.json"))
+            save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict(), "run": run})
         wait()
         return folder
     if row["step"] == steps:
@@ -896,7 +914,7 @@ def main():
     corpus = finish_arguments(args)
     if args.dry_run:
         return print_plan(args, corpus, args.batch, samples=False)
-    check_stages(args)
+    check_stages(args, args.stage)
     teach(args, corpus)
     for stage in stages_to(args.stage, args):
         folder = run_stage(stage, args, corpus)

@@ -16,9 +16,11 @@ import math
 import os
 import random
 import shutil
+import signal
 import string
 import subprocess
 import sys
+import time
 import tracemalloc
 import unicodedata
 
@@ -1334,6 +1336,11 @@ BAD_LINES = {
     "no audio_filepath": '{"text": "one", "duration": 1}', "empty text": '{"audio_filepath": "0.wav", "duration": 1, "text": "  "}',
     "missing file": '{"audio_filepath": "nowhere.wav", "duration": 1, "text": "one"}',
     "bad duration": '{"audio_filepath": "0.wav", "duration": -1, "text": "one"}',
+    "no word": '{"audio_filepath": "0.wav", "duration": 1, "text": "..."}',
+    "a split that is a path": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "split": "../test"}',
+    "part of a file": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "offset": 2.5}',
+    "translation into a number": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "translation": {"de": 5}}',
+    "too deep": "[" * 100000,
 }
 
 
@@ -1538,6 +1545,72 @@ def test_main_job_in_miniature(tmp_path):
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
         out = command(tmp_path, *argv, code=2)
         assert bad in out and out.count("\n") == 1, out
+
+    def half(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+
+    again = ["grpo.py", *SMALL, "--rl-name", "again"]
+    for file, damage, bad, argv in (
+            ("grpo-wer/last.pt", half, "not the checkpoint", ["grpo.py", *SMALL]),
+            ("text/last.pt", lambda path: shutil.copy(run / "read" / "last.pt", path), "other settings", ["grpo.py", *SMALL]),
+            ("control/config.json", half, "cannot be read", ["grpo.py", *SMALL]),
+            ("control/config.json", os.remove, "other settings", ["grpo.py", *SMALL, "--control-lr", "1e-2"]),
+            ("speech/best.pt", lambda path: shutil.copy(run / "text" / "best.pt", path), "of another run", again),
+            ("grpo-wer/config.json", half, "cannot be read", ["eval.py", "--ckpt", str(run / "grpo-wer")])):
+        shutil.copy(run / file, tmp_path / "whole")
+        damage(run / file)
+        out = command(tmp_path, *argv, code=2)
+        assert bad in out and file.split("/")[1].split(".")[0] in out and out.strip().count("error: ") == 1, out
+        shutil.copy(tmp_path / "whole", run / file)
+    half(run / "grpo-wer" / "metrics.jsonl")  # lost, but no reason to stop
+    command(tmp_path, "grpo.py", *SMALL)
+
+
+def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testing(tmp_path):
+    mine = write_corpus(tmp_path / "mine")
+    command(tmp_path, "grpo.py", "--data", mine, *SMALL)
+    foreign = tmp_path / "foreign.jsonl"
+    lines = [json.loads(line) for line in open(f"{mine}/manifest.jsonl")]
+    foreign.write_text("".join(json.dumps({"audio_filepath": f"mine/{x['audio_filepath']}", "text": x["text"]}) + "\n" for x in lines))
+    ckpt = "--ckpt", "runs/mine-0/grpo-wer"
+    assert "test: 12 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", str(foreign))
+    assert "test: 2 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", mine)  # the rest has been trained on
+    with open(f"{mine}/manifest.jsonl", "a") as f:
+        f.write(json.dumps({**lines[0], "text": "six"}) + "\n")
+    assert f"other contents of {mine}" in command(tmp_path, "grpo.py", "--data", mine, *SMALL, code=2)
+
+
+ORPHANS = """
+import functools, multiprocessing, sys, time
+import numpy as np
+import eval as ev
+ev.watch = functools.partial(ev.watch, every=0.1) if sys.argv[1] == "watched" else None
+for _ in ev.loader(lambda key: np.ones(10**6), range(99), 1):
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(99)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+
+    def check(how):
+        env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(data.__file__))}
+        parent = subprocess.Popen([sys.executable, tmp_path / "orphans.py", how], stdout=subprocess.PIPE, text=True, env=env)
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        for _ in range(100 if how == "watched" else 10):
+            time.sleep(0.1)
+            if not os.path.exists(f"/proc/{worker}") or open(f"/proc/{worker}/stat").read().split(") ")[1][0] == "Z":
+                return
+        os.kill(worker, signal.SIGKILL)
+        raise AssertionError("still there")
+
+    check("watched")
+    with pytest.raises(AssertionError):
+        check("alone")
 
 
 @pytest.mark.parametrize("task", ["ast", "sqa"])
@@ -1773,7 +1846,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
         for stage in stages:
             a, b = ([json.loads(line) for line in open(run / "runs" / "embedded-0" / stage / "metrics.jsonl")] for run in (tmp_path, folder))
             for x, y in zip(a, b, strict=True):
-                assert x.keys() == y.keys() and all(abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"}), (stage, x, y)
+                assert x.keys() == y.keys() and all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"}), (stage, x, y)
 
     for folder, name in ((shared, "muon"), (sharded, "dapo-ed")):
         check(folder, ("speech", "control", name))
