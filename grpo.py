@@ -410,7 +410,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if n_pieces:  # else there are no gradients, or DDP's zeros, on which AdamW would move
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
-    if args.shard and reference is not None:
+    if args.shard and reference is not None and pieces:
         reference.reset_iter_state()
     loss, held, kl, entropy, seen = sft.summed(figures, device)
     row.update(loss=loss, grad_norm=float(norm), **{k: v / max(1.0, seen) for k, v in (("clip", held), ("kl", kl), ("entropy", entropy))})

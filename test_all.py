@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import eval as eval_module
 import grpo
 import rewards
 import sft
@@ -44,7 +46,7 @@ from eval import loader as eval_loader
 from eval import main as eval_main
 from eval import transcribe
 from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
-from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
+from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Attention, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
                    filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
 from rewards import REWARDS
 from sft import saved_bytes, stage_loss, targets_of, trained_parameters
@@ -1966,3 +1968,789 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     run("forgetful", "nothing", 0)
     with pytest.raises(AssertionError):
         check("forgetful")
+
+
+# --------------------------------------------------------------------------------------------------- what broken versions once passed
+# Each of these rejects at least one plausible fault that all the tests above let through (broken on purpose, one fault at a time).
+def test_long_vocabularies_logits_are_not_kept():
+    """In chunks, not a tensor as wide as the vocabulary waits for the backward pass; the control is all positions at once."""
+    model = tiny_model()
+    V, tokens, prompt = model.llm.config.vocab, torch.randint(7, 30, (6, 5)), prompt_of(model)
+
+    def wide(chunk):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            model.token_logps(tokens, prompt, chunk=chunk)
+        return sum(t.shape[-1:] == (V,) for t in kept)
+
+    assert V != model.llm.config.d and wide(2) == 0 < wide(5)
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_the_distribution():
+    """What the bar calls H, in chunks or at once; the control is another temperature's."""
+    model, tokens = tiny_model(), torch.randint(7, 30, (6, 5))
+    hidden = model.extend(torch.cat([torch.full((6, 1), BOS), tokens[:, :-1]], 1), prompt_of(model))
+    entropy = lambda temperature: torch.distributions.Categorical(logits=model.llm.logits(hidden) / temperature).entropy()
+    for chunk in (5, 2):
+        got = model.token_logps(tokens, prompt_of(model), 0.7, chunk)[1]
+        torch.testing.assert_close(got, entropy(0.7), rtol=1e-4, atol=1e-5)
+        assert (got - entropy(1.0)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_attention_survives_large_scores():
+    """Scores of hundreds, on the prompt's side or on the response's: the softmax in two parts equals one over both. Two rows, a prompt."""
+    torch.manual_seed(0)
+    attention, T, P = Attention(LlamaConfig(d=32, n_heads=4, n_kv_heads=2)), 3, 5
+    x, rope = torch.randn(2, T, 32), (torch.ones(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))       # no rotation
+    for far, near in ((400.0, 1.0), (1.0, 400.0), (400.0, 400.0)):
+        pk, pv = torch.randn(2, 1, 2, P, 8)
+        pk, attention.wk.weight.data = far * pk, near * torch.randn(16, 32) / 6
+        got, (k, v) = attention(x, rope, causal_bias(T, T, "cpu"), (pk, pv), torch.zeros(1, 1, 1, P))
+        keys, values = (torch.cat([shared.expand(2, -1, -1, -1), own], 2).repeat_interleave(2, 1) for shared, own in ((pk, k), (pv, v)))
+        score = attention.wq(x).view(2, T, 4, 8).transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(8)
+        assert score.max() > 100                                               # e^100 is more than fp32 holds
+        mixed = (score + causal_bias(T, P + T, "cpu")).softmax(-1) @ values
+        torch.testing.assert_close(got, attention.wo(mixed.transpose(1, 2).reshape(2, T, 32)), rtol=1e-3, atol=1e-4)
+
+
+def test_what_recomputing_keeps_is_counted_right():
+    """saved_bytes with recompute against what a model of 4 layers keeps then, and the inside of one layer, which comes back for a while."""
+    c, B, P, G, T = dataclasses.replace(LLAMAS["tiny"], vocab=tiny_model().llm.config.vocab), 2, 12, 3, 5
+
+    def kept(n_layers, recompute):
+        model = SpeechLM(EncoderConfig(units=("a",)), dataclasses.replace(c, n_layers=n_layers), train_tokenizer(TEXTS * 20, 40))
+        model.llm.recompute, kept, W = recompute, {}, {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+            graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long),
+                                      model.prefill(torch.randn(B, P, c.d, requires_grad=True), torch.full((B,), P)))
+        return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in W) + 0 * len(graph)
+
+    without = kept(4, True)
+    real = without + kept(4, False) - kept(3, False)
+    counted = saved_bytes(dataclasses.replace(c, n_layers=4), B, P, G, T, torch.float32, recompute=True)
+    assert abs(counted / real - 1) < 0.02 < abs(counted / without - 1), (counted, real, without)
+
+
+def planned(monkeypatch, capsys, reference=False, **changes):
+    """What print_plan says of 4 utterances of 4 s, 8 responses each, with the 2b decoder on a machine of 1 TFLOP/s and 10 GB/s: its lines
+    {name: number}, prompt positions of all processes. 1 GB is kept for the backward pass."""
+    args = argparse.Namespace(**{**dict(device="cpu", data=None, init=None, dry_run=8, shard=False, micro=2, accumulate=1, recompute=False,
+                                        updates=1, max_new=100), **changes})
+    with torch.device("meta"):
+        model = SpeechLM(EncoderConfig(units=("a",)), LLAMAS["2b"], train_tokenizer(TEXTS * 20, 40))
+    item = {**as_items(["one two three " * 8])[0], "audio": np.zeros(4 * 16000, np.float32)}
+    for name, fake in (("new_model", lambda *a, **kw: model), ("limits", lambda device: (1e12, 1e10)), ("saved_bytes", lambda *a: 1e9)):
+        monkeypatch.setattr(sft, name, fake)
+    capsys.readouterr()
+    sft.print_plan(args, argparse.Namespace(train_batch=lambda stream, k, size: [item] * size), 4, 8, reference=reference)
+    out = capsys.readouterr().out
+    return ({line[2:30].strip(): float(line[30:]) for line in out.splitlines() if line.startswith("  ")},
+            int(out.split(" prompt positions")[0].split()[-1].replace(",", "")))
+
+
+def test_the_plan_of_a_step_is_worked_out_right(monkeypatch, capsys):
+    """--dry-run, by hand: of 4 s are 100 frames; responses of T tokens have at most 100; 8 devices."""
+    n = sum(2048 * x for x in [2 * 187178] + 24 * [2 * 2048 + 2 * 1024 + 3 * 8192 + 2] + [1])  # 2b's parameters
+    (plain, positions), (sharded, _), (twice, _), (again, _), (beside, _) = (planned(monkeypatch, capsys, **kw) for kw in (
+        {}, {"shard": True}, {"updates": 2}, {"recompute": True}, {"reference": True}))
+    model = tiny_model()
+    P = model.embed_prompt(torch.zeros(1, 100, 16), torch.tensor([100]))[0].shape[1]
+    T = len(model.tokenizer.encode("one two three " * 8)) + 1
+    assert positions == 8 * 4 * P
+    about = lambda amount: pytest.approx(amount / 1e9, abs=1e-3)
+    assert [plain[k] for k in ("weights, fp32", "gradients, fp32", "AdamW's moments, fp32")] == about(np.array([4 * n, 4 * n, 8 * n]))
+    assert sharded["weights, fp32"] == about(4 * n / 8) and sharded["rollouts: gathered weights"] == about(4 * n)
+    assert plain["rollouts: gathered weights"] == plain["frozen SFT model, fp32"] == 0
+    assert beside["frozen SFT model, fp32"] == plain["weights, fp32"]
+    assert plain["rollouts: keys, values"] == about(2 * 4 * 24 * 8 * 128 * (4 * P + 32 * 100))  # a prompt's are there once for its 8
+    at_a_time = 2**26 // (16 * 187178)                                         # positions, for the 16 responses of a micro-batch
+    assert at_a_time < T and plain["learning: kept for backward"] == about(1e9 + 12 * 16 * at_a_time * 187178)
+    forward = forward_flops(LLAMAS["2b"], 4, P, 32, T) / 1e12
+    for plan, passes in ((plain, 3), (twice, 6), (again, 4), (beside, 4)):
+        assert plan["learning"] == pytest.approx(passes * forward, rel=1e-3)
+    assert plain["rollouts"] == pytest.approx(max(forward, T * 4 * n / 1e10), rel=1e-3)
+
+
+def test_kept_features_belong_to_one_file_and_one_recipe(tmp_path, monkeypatch):
+    """Two files of the same name, size and time have features of their own, by relative paths too; every function of ours that has a
+    part in making them is in the recipe; and where nothing can be kept they are made all the same."""
+    stray = lambda: [file for file in tmp_path.rglob("features/*/*") if file.suffix != ".npy"]
+    for folder, tone in (("one", 300), ("two", 3000)):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "a.wav", np.sin(tone * np.arange(8000) / 22050), 22050)
+        os.utime(tmp_path / folder / "a.wav", ns=(0, 0))
+    monkeypatch.setattr(eval_module, "FEATURES", str(tmp_path / "features"))
+    run, makers = {os.path.realpath(module.__file__) for module in (data, eval_module, sys.modules["encoder"])}, set()
+    mel_filters = sys.modules["encoder"].mel_filters
+    mel_filters.cache_clear()                                                  # else it would not be seen to be called
+    sys.setprofile(lambda frame, event, _: makers.add(frame.f_code) if event == "call" and frame.f_code.co_filename in run else None)
+    try:
+        one = eval_module.features(str(tmp_path / "one" / "a.wav"))
+    finally:
+        sys.setprofile(None)
+    makers = {code for code in makers if not code.co_name.startswith("<") and code is not eval_module.features.__code__}
+    assert {"load_audio", "resample", "log_mel", "mel_filters"} <= {code.co_name for code in makers}
+    for code in makers:
+        assert inspect.getsource(code) in eval_module.RECIPE, code.co_name
+    two = eval_module.features(str(tmp_path / "two" / "a.wav"))
+    assert not torch.equal(one, two) and torch.equal(one, eval_module.features(str(tmp_path / "one" / "a.wav"))) and not stray()
+    for folder, mel in (("one", one), ("two", two)):
+        monkeypatch.chdir(tmp_path / folder)
+        assert torch.equal(eval_module.features("a.wav"), mel)
+    monkeypatch.setattr(eval_module, "FEATURES", str(tmp_path / "one" / "a.wav" / "features"))  # no folder can be made there
+    assert torch.equal(eval_module.features("a.wav"), two)
+
+
+def test_an_epoch_is_heard_whole_and_in_no_order_of_length(tmp_path):
+    """Through train_batch: every recording once an epoch, the last, smaller batch as well, and batches not from short to long: nor those
+    of the embedded corpus. GRPO's views are harder than SFT's, and with views=0 there is nothing but the file."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "0.wav").touch()
+    with open(tmp_path / "manifest.jsonl", "w") as f:
+        for i, seconds in enumerate(rng.uniform(1, 20, 206)):
+            f.write(json.dumps({"audio_filepath": "0.wav", "id": str(i), "duration": seconds, "text": "one",
+                                "split": "train" if i < 205 else "dev"}) + "\n")
+    corpus = data.open_corpus(str(tmp_path), 0, views=0)
+    epochs = [[corpus.train_batch("speech", e * 21 + k, 10) for k in range(21)] for e in (0, 1)]
+    for epoch in epochs:
+        assert sorted(int(item["id"]) for batch in epoch for item in batch) == list(range(205))
+        lengths = [np.mean([item["duration"] for item in batch]) for batch in epoch]
+        assert abs(np.corrcoef(range(21), lengths)[0, 1]) < 0.7 < abs(np.corrcoef(range(21), sorted(lengths))[0, 1])
+    assert [item["id"] for item in epochs[0][0]] != [item["id"] for item in epochs[1][0]]
+    assert all(item["audio"] is None for batch in epochs[0] for item in batch)
+    with pytest.MonkeyPatch.context() as patch:
+        hard, tone = [], np.sin(np.arange(4000)).astype(np.float32)
+        patch.setattr(data, "load_audio", lambda path: tone)
+        patch.setattr(data, "noisy_view", lambda audio, rng, harder: hard.append(harder) or audio)
+        corpus.views = 1
+        for stream in ("encoder", "speech", "grpo"):
+            assert corpus.train_batch(stream, 0, 2)[0]["audio"] is tone
+        assert hard == [False] * 4 + [True] * 2
+        patch.setattr(data, "utterance", lambda split, number, *rest: {"audio": tone[:50 + 37 * number % 1999]})
+        made = [np.mean([len(item["audio"]) for item in data.Embedded(0).train_batch("speech", k, 8)]) for k in range(data.GROUP)]
+    assert made != sorted(made)
+
+
+def test_views_0_reaches_the_corpus(tmp_path):
+    """The flag, through finish_arguments, and every stage's config.json; the control is without it."""
+    folder, p = write_corpus(tmp_path, 8), argparse.ArgumentParser()
+    sft.add_arguments(p)
+    plans = []
+    for flags, kind in (([], np.ndarray), (["--views", "0"], type(None))):
+        args = p.parse_args(["--data", folder, "--name", "x", "--max-new", "9", "--workers", "0", *flags])
+        corpus = sft.finish_arguments(args)
+        torch.set_num_threads(1)
+        assert isinstance(corpus.train_batch("speech", 0, 1)[0]["audio"], kind)
+        plans.append(sft.stage_config("encoder", args))
+    assert plans[0] != plans[1]                                                # lest one goes on with the other's stages
+
+
+def alone(folder, monkeypatch, *flags):
+    """A run's folder with a tiny model as if the stages encoder and speech had made it, and its arguments: stages begin at once."""
+    p = argparse.ArgumentParser()
+    sft.add_arguments(p)
+    args = p.parse_args(["--name", "x", "--max-new", "5", "--workers", "0", "--device", "cpu", "--dev-evals", "1", "--spec-augment", "0",
+                         "--control-batches", "9", *flags])
+    args.contents = None
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sft, "use_cores", lambda workers: None)
+    model = tiny_model()
+    for stage in ("encoder", "speech"):
+        (folder / "runs" / "x" / stage).mkdir(parents=True)
+        torch.save({"configs": model.configs(), "model": model.state_dict()}, folder / "runs" / "x" / stage / "best.pt")
+    corpus = data.Embedded(0, 3)
+    corpus.sets["dev"] = 2                                                     # sentences of dev cost a second, else
+    return args, corpus
+
+
+def rl_arguments(args, **more):
+    """What grpo.py adds to them."""
+    vars(args).update({**ALGOS["grpo"], **dict(reward="em", algo="grpo", steps=2, prompts=2, G=3, updates=1, lr=1e-3, grpo_muon=0.0,
+                                               micro=2, rl_name="rl", rollout="sample", temperature=1.0, off_policy=None, shaping=0.0,
+                                               overlong=0, ce=0.0, max_draws=4, grpo_dev_evals=1), **more})
+    return args
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    """By a clock of our own, where a step takes 1 s: if saving takes 1 s, too, the next comes 20 + 20 s later; the control saves in no
+    time, every 20 s. Another process than the first never says when."""
+    clock, saves, model = [0.0], [], tiny_model()
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sft, "time", argparse.Namespace(time=lambda: clock[0]))
+    monkeypatch.setattr(sft, "look_at_dev", lambda *a: (0.0, 0.0))
+    for number, cost, expected in ((0, 0.0, [21, 42, 63, 84, 100]), (0, 1.0, [21, 62, 100]), (1, 0.0, [100])):
+        monkeypatch.setattr(sft, "rank", lambda: number)
+        monkeypatch.setattr(sft, "save", lambda path, state: clock.__setitem__(0, clock[0] + cost) or saves.append(state["step"]))
+        saves.clear(), clock.__setitem__(0, 0.0)
+        for row in sft.training("x", str(tmp_path), {"step": 0}, 100, model, [], torch.device("cpu"), 0, 1, None, {}):
+            clock[0] += 1
+        assert saves == expected
+
+
+def test_of_equals_on_dev_the_later_is_kept(tmp_path):
+    """look_at_dev: a score as good as the best so far makes a new best.pt, a worse one does not."""
+    model = tiny_model()
+    seen = []
+    for mark, score, best in ((1, 5.0, math.inf), (2, 5.0, 5.0), (3, 6.0, 5.0), (4, 4.0, 5.0)):
+        model.projection.bias.data.fill_(mark)
+        found = sft.look_at_dev(model, str(tmp_path), {}, best, lambda: score)
+        assert found == (score, min(best, score))
+        seen.append(float(torch.load(tmp_path / "best.pt", weights_only=False)["model"]["projection.bias"][0]))
+    assert seen == [1, 2, 2, 4]
+
+
+def test_recompute_reaches_the_decoder(tmp_path, monkeypatch):
+    """--recompute, in SFT and in GRPO: layers are run through checkpoint; without the flag none is."""
+    args, corpus = alone(tmp_path, monkeypatch, "--text-steps", "1", "--text-batch", "2", "--dev-size", "2", "--muon", "0")
+    rl_arguments(args, steps=1, beta=0.1)                                      # of groups whose rewards are equal, too
+    calls = []
+    monkeypatch.setattr("model.checkpoint", lambda layer, *a, **k: calls.append(layer) or layer(*a))
+    frames, lengths = some_frames(2)
+    for run in ("text", "rl"):
+        for args.recompute in (False, True):
+            shutil.rmtree(tmp_path / "runs" / "x" / run, ignore_errors=True)
+            sft.HEARD.clear()
+            sft.HEARD.update({"dev": [], ("grpo", 2, 0): (frames, lengths, as_items(["one", "two"]))})
+            calls.clear()
+            sft.run_stage("text", args, corpus) if run == "text" else grpo.train(args, corpus)
+            assert bool(calls) == args.recompute
+    sft.HEARD.clear()
+
+
+def gathered_groups(monkeypatch, kept, **changes):
+    """gather_rollouts over batches of 2 groups of which so many vary -> how many it drew, what it logs. Of the G = 4 of a group two samples
+    have 5 tokens, the longest allowed, and one of them no <EOS>; the third has 2. The last is the reference where there is one."""
+    args = argparse.Namespace(**{**dict(algo="dapo", dynamic_sampling=True, max_draws=4, accumulate=1, prompts=2, G=4, reward="em",
+                                        std=True, off_policy=None, max_new=5), **changes})
+    n, tokens = torch.tensor([5, 5, 2, 3] * 2), torch.full((8, 5), 9)
+    tokens[torch.arange(8), n - 1] = torch.tensor([EOS, 9, EOS, EOS] * 2)
+
+    def rollout(model, frames, lengths, items, reward, args):
+        varied = int(items[0]["target"])
+        return tokens, n, torch.tensor([[0.0, 0, 0, -9]] * varied + [[-9.0] * 4] * (2 - varied)), [""] * 8
+
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    supply, log = ((None, (torch.zeros(2, 3, 4), torch.tensor([3, 3]), as_items([str(k), "one"]))) for k in kept), {}
+    return len(grpo.gather_rollouts(None, supply, args, torch.device("cpu"), log)), log
+
+
+def test_dynamic_sampling_draws_until_enough_groups_vary(monkeypatch):
+    """DAPO's refill: 2 groups a step here, times --accumulate and the processes, of all of them together; --max-draws batches at most."""
+    drawn = lambda *kept, **changes: gathered_groups(monkeypatch, kept, **changes)[0]
+    assert drawn(2, 2, 2) == 1 and drawn(1, 1, 2) == 2 and drawn(0, 1, 0, 0, 2) == 4 and drawn(0, 2, dynamic_sampling=False) == 1
+    assert drawn(1, 1, 2, 2, accumulate=2) == 3 and drawn(0, 0, 2, accumulate=2, dynamic_sampling=False) == 2
+    monkeypatch.setattr(sft, "world", lambda: 2)
+    monkeypatch.setattr(sft, "summed", lambda numbers, device: [2 * x for x in numbers])      # the other process has as many
+    assert drawn(1, 1, 2, 2) == 2
+    monkeypatch.setattr(sft, "summed", lambda numbers, device: [x + 3 for x in numbers])      # 3 more than this one
+    assert drawn(1, 1, 2, 2) == 1
+
+
+def test_what_a_step_logs_is_about_samples(monkeypatch):
+    """Mean reward, length, share of equal groups, share without <EOS>; the reference among the samples is none of them."""
+    _, log = gathered_groups(monkeypatch, [1, 0], dynamic_sampling=False, accumulate=2)
+    assert log == pytest.approx(dict(reward=-117 / 16, zero_variance=3 / 4, draws=2, length=15 / 4, truncated=1 / 4))
+    _, log = gathered_groups(monkeypatch, [1, 0], dynamic_sampling=False, accumulate=2, off_policy="reference")
+    assert log == pytest.approx(dict(reward=-81 / 12, zero_variance=3 / 4, draws=2, length=4, truncated=1 / 3))
+
+
+def test_overlong_punishes_the_last_tokens_and_rewards_none(monkeypatch):
+    """DAPO's soft punishment, of 2 of 6 tokens: nothing up to 4, then a half, then 1."""
+    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2)
+    n = torch.arange(1, 7)
+    monkeypatch.setattr(grpo, "generate", lambda *a: (torch.full((6, 6), 9), n, None))
+    scores = rollout(model, *some_frames(1), as_items(["zero"]), "em", args)[2]
+    assert scores.tolist() == [[0, 0, 0, 0, -0.5, -1]]
+
+
+def test_a_reference_that_was_sampled_is_not_put_in_again():
+    """--off-policy duplicate: [reference, 9, 9] stays as it is; [8, 9, 9] gives its last to the reference."""
+    model = tiny_model()
+    targets, lengths = targets_of(model, ["oh"], "cpu")
+    nine = [9, EOS] + [PAD] * (targets.shape[1] - 2)
+    for first, length, replaced in ((targets[0].tolist(), int(lengths), False), ([8, *nine[1:]], 2, True)):
+        tokens = torch.tensor([first, nine, nine])
+        rows, n = grpo.with_references(tokens, torch.tensor([length, 2, 2]), targets, lengths, 3, "duplicate")
+        assert torch.equal(rows[2], targets[0]) == replaced and n.tolist() == [length, 2, int(lengths) if replaced else 2]
+        assert torch.equal(rows[:2], tokens[:2])
+
+
+def updated(monkeypatch, advantages, off_policy=None, reference=None, updates=1, **changes):
+    """grpo.update on 3 groups of 4 -> what policy_loss was given each time (logp, old, ref, .., off), what was logged, steps taken."""
+    model, (frames, lengths), calls, row, steps = tiny_model(), some_frames(), [], {}, []
+    parameters = trained_parameters("speech", model)
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a: calls.append(a) or policy_loss(*a))
+
+    def step_all(opts, scale, keep):
+        steps.append([p.grad for p in parameters])
+        with torch.no_grad():
+            for p in parameters:
+                p -= 0 if p.grad is None else 1e-3 * p.grad.sign()
+                p.grad = None
+
+    monkeypatch.setattr(sft, "step_all", step_all)
+    args = argparse.Namespace(**{**dict(beta=0.04, micro=2, dynamic_sampling=False, updates=updates, temperature=1.0, loss_norm="token",
+                                        max_new=8, eps_low=0.2, eps_high=0.2, steps=9, off_policy=off_policy, shaping=0.0, algo="grpo",
+                                        ce=0.0, shard=False), **changes})
+    n = torch.tensor([5, 3, 4, 2, 6, 6, 1, 2, 3, 3, 5, 4])
+    tokens = torch.randint(7, 30, (12, 6), generator=torch.Generator().manual_seed(0))
+    part = frames, lengths, [None] * 3, tokens, n, advantages, advantages.abs().amax(1) > 0
+    grpo.update(model, reference, [], parameters, [part], args, row, 0, torch.device("cpu"))
+    return calls, row, steps
+
+
+def test_an_update_is_told_whose_probabilities_are_whose(monkeypatch):
+    """pi_old is the policy before the first update, in the second one, too; ref is the SFT model; off the last of each group."""
+    advantages, sft_model = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), tiny_model(seed=1)
+    calls, row, steps = updated(monkeypatch, advantages, "reference", sft_model, 2)
+    assert len(calls) == 4 and len(steps) == 2                                 # 2 updates in micro-batches of 2 and 1 groups
+    for first, second in zip(calls[:2], calls[2:]):
+        assert torch.equal(first[0], first[1]) and torch.equal(second[1], first[1]) and not torch.equal(second[0], second[1])
+        assert torch.equal(first[2], second[2]) and first[9].tolist() == [False, False, False, True] * (len(first[0]) // 4)
+    n = torch.tensor([5, 3, 4, 2, 6, 6, 1, 2])
+    tokens = torch.randint(7, 30, (12, 6), generator=torch.Generator().manual_seed(0))[:8]
+    frames, lengths = some_frames()
+    ref, _ = sft_model.token_logps(tokens, prompt_of(sft_model, frames[:2], lengths[:2]))
+    mask = length_mask(n, 6)
+    torch.testing.assert_close(calls[0][2][mask], ref[mask], rtol=1e-4, atol=1e-4)
+    gaps = torch.cat([(ref - logp)[mask] for logp, _, ref, _, mask, *_ in calls[2:]]).detach()
+    assert row["kl"] == pytest.approx(float((gaps.exp() - gaps - 1).mean()), rel=1e-4) and row["kl"] > 0.01
+
+
+def test_a_process_with_less_to_learn_keeps_step(monkeypatch):
+    """Under torchrun: one whose groups fill fewer backward passes runs others of nothing, which change nothing; and where no group of
+    any process varies, no step is taken (on DDP's zeros AdamW would move). Gradients are twice as large, for DDP takes the mean of two."""
+    advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    calls, plain, (whole,) = updated(monkeypatch, advantages, beta=0.0)
+    monkeypatch.setattr(sft, "world", lambda: 2)
+    monkeypatch.setattr(sft, "summed", lambda numbers, device: [2, 5] if len(numbers) == 2 else list(numbers))
+    more, row, (shared,) = updated(monkeypatch, advantages, beta=0.0)
+    assert len(calls) == 2 and len(more) == 5 and row.pop("kl") is plain.pop("kl") is None
+    assert row == pytest.approx({**plain, "grad_norm": 2 * plain["grad_norm"]}, rel=1e-4)
+    for a, b in zip(whole, shared):                                            # clipped to a norm of 1, or as they are
+        assert torch.allclose(a / min(1, 1 / plain["grad_norm"]), b / 2 / min(1, 1 / row["grad_norm"]), rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(sft, "summed", lambda numbers, device: list(numbers))
+    calls, row, steps = updated(monkeypatch, torch.zeros(3, 4), beta=0.0)
+    assert not calls and not steps and row["loss"] == 0
+
+
+def test_rba_counts_pairs_and_keeps_what_belongs_together(monkeypatch):
+    """Before the first step both models agree: the loss is log 2 a pair. A pair's lengths are its rows', its speech that of the worst
+    voice; single: an answer in the teacher's words is a pair of equals, whatever the reward gives for it."""
+    monkeypatch.setattr(sft, "step_all", lambda *a, **k: None)
+    frames, lengths = some_frames()
+    tokens, n = torch.randint(7, 30, (6, 6)), torch.tensor([5, 3, 4, 2, 6, 6])
+    args = argparse.Namespace(beta=0.1, ce=0.0, algo="rba_single", micro=2, updates=1, steps=1, off_policy=None, shard=False,
+                              dynamic_sampling=False, temperature=1.0)
+    model, row = tiny_model(), {}
+    part = frames, lengths, [None] * 3, tokens, n, torch.ones(3, 2), torch.ones(3, dtype=torch.bool)
+    grpo.update(model, tiny_model(), [], trained_parameters("speech", model), [part], args, row, 0, torch.device("cpu"))
+    assert row["loss"] == pytest.approx(math.log(2), rel=1e-4)
+
+    n, scores = torch.tensor([3, 1, 2, 4] * 2), torch.tensor([[0.5], [0.9], [0.1], [0.2], [0.3], [0.2], [0.8], [0.7]])
+    tokens, frames = torch.arange(10, 18)[:, None].repeat(1, 4), torch.arange(8.0)[:, None, None].expand(8, 2, 3)
+    texts = ["one two three", "oh", "seven", "nine"] * 2
+    args = argparse.Namespace(algo="rba_group", dynamic_sampling=False, accumulate=1, G=1, off_policy=None, reward="bleu", ce=0.0)
+    monkeypatch.setattr(grpo, "rollout", lambda *a: (tokens, n, scores, ["oh"] * 8))
+    for args.algo, speech, first, lengths in (("rba_group", [2, 5], [11, 12, 16, 15], [1, 2, 2, 1]), ("rba_single", range(8), None, None)):
+        supply = iter([(None, (frames, torch.arange(8), as_items(texts)))])
+        heard, long, _, rows, m, _, varied = grpo.gather_rollouts(model, supply, args, torch.device("cpu"), {})[0]
+        assert heard[:, 0, 0].tolist() == long.tolist() == list(speech)
+        if args.algo == "rba_group":
+            assert rows[:, 0].tolist() == first and m.tolist() == lengths and varied.all()
+        else:
+            assert varied.tolist() == [True, False, True, True] * 2
+
+
+def test_dialogue_loss_is_that_of_asking_and_then_answering():
+    """Nats a token, of rows of several lengths: what is asked and said after <User>, and the answer with its <EOS> in the prompt that
+    `invent` gives it."""
+    model, total, n = tiny_model(), 0.0, 0
+    items = [{"prompt": "who is named", "text": "call anna and dan", "target": "anna"},
+             {"prompt": None, "text": "oh", "target": "one two three"}]
+    encode = model.tokenizer.encode
+    for item in items:
+        turn = [*encode(item["prompt"] or "convert speech to text"), S_BOS, *encode(item["text"]), SYSTEM]
+        for before, after in (([], [*turn, BOS]), ([BOS, *turn], [*encode(item["target"]), EOS])):
+            total -= model.token_logps(torch.tensor([after]), sft.user_turns(model, [before], "cpu"))[0].sum().item()
+            n += len(after)
+    assert sft.dialogue_loss(model, items, "cpu").item() == pytest.approx(total / n, rel=1e-5)
+    each = [sft.dialogue_loss(model, [item], "cpu").item() for item in items]
+    assert sum(each) / 2 != pytest.approx(total / n, rel=1e-5)                 # the control: a token weighs the same in any row
+
+
+def test_teacher_answers_what_it_asked_itself_and_nothing_of_dev(monkeypatch):
+    """The prompt of an invented dialogue's answer is that of training; sentences of dev, of the tests, of 11 words, of words that cannot
+    be spoken are not usable."""
+    rng = np.random.default_rng(0)
+    said = {split: data.sentence_in(split, rng, False) for split in data.SPLITS}
+    assert [sft.usable(said[split]) for split in ("train", "dev", "test")] == [True, False, False]
+    numbers = lambda n: (" ".join(rng.choice(data.SLOTS["NUMBER"], n)) for _ in range(99))
+    ten, eleven = (next(text for text in numbers(n) if data.split_of(text) == "train") for n in (10, 11))
+    assert sft.usable(ten) and not sft.usable(eleven) and not sft.usable("") and not sft.usable("quixotic")
+    model, prompts = tiny_model(), []
+    turn = [*model.tokenizer.encode("call anna"), S_BOS, *model.tokenizer.encode("one two three"), SYSTEM]
+    told = iter([right_pad([[*turn, BOS, 9, EOS]]), right_pad([[*model.tokenizer.encode("anna"), EOS]])])
+    monkeypatch.setattr(sft, "usable", lambda text: True)
+    monkeypatch.setattr(sft, "generate", lambda *a: (*next(told), None))
+    monkeypatch.setattr(sft, "user_turns", lambda model, rows, device: prompts.append(rows))
+    found = sft.invent(model, 1, 9)
+    assert prompts == [[[]], [[BOS, *turn]]]
+    assert [(d["prompt"], d["text"], d["target"]) for d in found] == [("call anna", "one two three", "anna")]
+
+
+def test_teach_keeps_as_many_different_dialogues_as_asked(tmp_path, monkeypatch):
+    """--dialogues of them, two questions about one sentence being two; trained once, read again afterwards."""
+    corpus, asked = argparse.Namespace(texts=lambda stream, k, size: [data.pose({"text": "one"}, "asr")] * 2), []
+    args = argparse.Namespace(name="x", task="sqa", lang="de", seed=0, vocab=40, teacher_steps=2, dialogues=10, muon=0.0, max_new=9,
+                              device="cpu", workers=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "use_cores", lambda workers: None)
+    monkeypatch.setattr(sft, "new_model", lambda *a, **shape: tiny_model())
+
+    def invent(model, n, max_new):
+        asked.append(n)
+        return [{"text": f"text {i // 2}", "prompt": "ab"[i % 2], "target": str(len(asked)), "lang": "en"} for i in range(4 * len(asked))]
+
+    monkeypatch.setattr(sft, "invent", invent)
+    for _ in range(2):
+        sft.teach(args, corpus)
+        assert asked == [256] * 3                                              # 4, 8 and 12 of them, 10 wanted
+        assert [(d["prompt"], d["text"]) for d in corpus.dialogues] == [("ab"[i % 2], f"text {i // 2}") for i in range(10)]
+        assert [d["target"] for d in corpus.dialogues] == list("1111222233")   # what was found first stays
+        corpus.dialogues = []
+
+
+def test_voices_of_a_dialogue_stay_together(monkeypatch):
+    """RBA's pairs are of neighbours: GRPO's batches hold each dialogue in four voices, side by side; other streams go by length."""
+    spoken = lambda split, number, seed, condition, task, said: {"text": said["text"], "audio": np.zeros(hash((number, 1)) % 9973)}
+    monkeypatch.setattr(data, "utterance", spoken)
+    corpus = data.Embedded(0, 3, "sqa")
+    corpus.dialogues = [{"text": f"text {i}"} for i in range(1000)]
+    batches = [corpus.train_batch("grpo", k, 8) for k in range(data.GROUP)]
+    assert {len({item["text"] for item in batch[i:i + data.TAKES]}) for batch in batches for i in (0, 4)} == {1}
+    later = {item["text"] for batch in batches for item in batch}
+    assert len(later) == 2 * data.GROUP
+    encoder = [item for k in range(9 * data.GROUP) for item in corpus.train_batch("encoder", k, 8)]
+    assert not later & {item["text"] for item in encoder} and len({item["text"] for item in encoder}) == 800     # RL has its own fifth
+    lengths = [len(item["audio"]) for item in corpus.train_batch("encoder", 0, 8)]
+    assert lengths == sorted(lengths)
+
+
+def test_init_brings_its_tokenizer_and_its_history(tmp_path):
+    """--init: the targets are cut into pieces by its tokenizer, not by a new one of these texts; and a run that began with a model which
+    has since been trained otherwise is not gone on with. Nor is one with another decoder."""
+    folder = tmp_path / "speech"
+    model, corpus = tiny_model(vocab=40), argparse.Namespace(items_of=lambda name: as_items(["six seven eight nine"] * 20))
+    folder.mkdir()
+    torch.save({"configs": model.configs(), "model": model.state_dict()}, folder / "best.pt")
+    (folder / "config.json").write_text('{"lr": 1}')
+    p = argparse.ArgumentParser()
+    sft.add_arguments(p)
+    p.set_defaults(contents=None)
+    args = p.parse_args(["--init", str(folder), "--name", "x", "--vocab", "38"])
+    assert sft.tokenizer_of(corpus, args) == model.tokenizer_bytes
+    before = sft.stage_config("speech", args)
+    (folder / "config.json").write_text('{"lr": 2}')
+    assert sft.stage_config("speech", args) != before
+    tiny, other, same = (sft.stage_config("speech", p.parse_args(["--name", "x", "--llm", llm])) for llm in ("tiny", "29m", "tiny"))
+    assert tiny != other and tiny == same
+
+
+def test_a_stage_is_finished_at_its_last_step(tmp_path):
+    """What tables and --init take: a best.pt alone may be of the first look at dev."""
+    for steps, last, best, done in ((5, 5, True, True), (5, 3, True, False), (None, None, True, True), (0, None, True, True),
+                                    (5, 5, False, False)):
+        folder = tmp_path / f"{steps}-{last}-{best}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({} if steps is None else {"steps": steps}))
+        (folder / "metrics.jsonl").write_text("".join(f'{{"step": {k}}}\n' for k in (1, last) if last))
+        if best:
+            (folder / "best.pt").touch()
+        assert eval_module.finished(str(folder)) == done
+
+
+def test_the_log_goes_on_where_the_checkpoint_was(tmp_path):
+    """A resumed loop: lines up to the checkpoint's step stay, its own too; later ones and half a line go; seconds add up."""
+    path, model = tmp_path / "metrics.jsonl", tiny_model()
+    (tmp_path / "config.json").write_text("{}")
+    loop = lambda row, steps: sft.training("x", str(tmp_path), row, steps, model, [], torch.device("cpu"), 0, 1, lambda: 1.0, {})
+    for row in loop({"step": 0}, 2):
+        row["loss"] = 1.0
+    with open(path, "a") as f:
+        f.write('{"step": 3}\n{"ste')
+    for row in loop({"step": 2, "seconds": 99.0}, 3):
+        row["loss"] = 1 / 3
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and [row["loss"] for row in rows] == [1, 1, 0.333333] and rows[2]["seconds"] > 99
+
+
+def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monkeypatch):
+    """Made once; again for another number of utterances or another corpus of the same name. The frames are shared within a run and no
+    further: another seed has other utterances."""
+    heard, ears = [], {}
+    folders = [tmp_path / run / stage for run in ("a-3", "b-4") for stage in ("speech", "control")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        seed = int(folder.parent.name[-1])
+        (folder / "config.json").write_text(json.dumps({"data": None, "seed": seed, "task": "asr", "lang": "de", "max_new": 9}))
+
+    def hear_set(model, corpus, name):
+        heard.append((corpus.where, corpus.seed, name))
+        return [{"target": f"{corpus.where} {corpus.seed}"}] * corpus.size
+
+    monkeypatch.setattr(data, "open_corpus", lambda path, seed, size, task, lang: argparse.Namespace(where=path, seed=seed, size=size))
+    monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
+    monkeypatch.setattr(eval_module, "hear_set", hear_set)
+    monkeypatch.setattr(eval_module, "transcribe", lambda model, items, max_new: ["x"] * len(items))
+    kept = lambda folder, name, n=2: eval_module.kept_transcripts(str(folder), name, n, ears, "cpu")[0]
+    for folder in (*folders, *folders):
+        assert kept(folder, "clean") == [f"None {folder.parent.name[-1]}"] * 2
+    assert heard == [(None, 3, "clean"), (None, 4, "clean")]
+    ears.clear()
+    assert len(kept(folders[0], "clean", 5)) == 5 and len(heard) == 3
+    for where in ("/x/corpus", "/y/corpus", "/y/corpus"):
+        assert kept(folders[0], f"test@{where}") == [f"{where} 3"] * 2
+    assert heard[3:] == [("/x/corpus", 3, "test"), ("/y/corpus", 3, "test")]
+    assert {path.name for path in folders[0].iterdir()} == {"config.json", "clean.hyps.json", "test-corpus.hyps.json"}
+    kept(folders[0], "clean@embedded", 5)
+    monkeypatch.chdir(tmp_path)
+    eval_module.keep_transcripts("a-3/speech", "test", "c", ["here"], ["x"])      # by a relative path
+    (folders[0] / "config.json").write_text(json.dumps({"data": str(tmp_path / "c"), "seed": 3, "task": "asr", "lang": "de", "max_new": 9}))
+    assert kept(folders[0], "test") == ["here"]
+
+
+def test_intervals_are_of_95_percent_and_of_independent_seeds():
+    """Against the normal approximation and by hand, where 90% or 99% would be seen; of 10,000 draws, other ones for another seed; the mean
+    over the seeds that both rows have, changed draw by draw."""
+    words = np.full(400, 5)
+    counts = np.stack([np.arange(400) % 5 == 0, 0 * words, 0 * words, words], 1)
+    wer, drawn = draws(counts)
+    low, high = eval_module.interval(drawn)
+    assert wer == 4 and len(drawn) == 10000 and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.2 * 0.8 / 400) / 5, rel=0.06)
+    assert abs(np.corrcoef(drawn, draws(counts, 1)[1])[0, 1]) < 0.05 < np.corrcoef(drawn, draws(counts)[1])[0, 1]
+    even = np.linspace(100, 120, 10001)
+    assert mean_change({0: (100.0, 0 * even + 100)}, {0: (110.0, even), 1: (0.0, even)}) == "+10.0% [+0.5, +19.5]"
+    assert mean_change({0: (100.0, even), 1: (50.0, even)}, {0: (110.0, 1.1 * even)}) == "+10.0% [+10.0, +10.0]"
+
+
+def test_tables_of_recorded_speech(tmp_path, monkeypatch):
+    """on_recorded: runs, flags and test sets are those of the corpus, Table IV's of both; and since every seed hears the same recordings,
+    every seed takes the same bootstrap draws, while of the embedded corpus each has its own. Four voices of a sentence are drawn as one."""
+    (tmp_path / "corp").mkdir()
+    (tmp_path / "corp" / "0.wav").touch()
+    row = {"audio_filepath": "0.wav", "duration": 1.0, "text": "one", "translation": {"fr": "un"}}
+    rows = [{**row, "split": split} for split in ("train", "dev", "test", "far")]
+    (tmp_path / "corp" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "corp")
+    table = {name: eval_module.on_recorded(eval_module.TABLES[name], path, "--vocab 90", "fr") for name in ("2", "4", "ast")}
+    assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90")
+    assert table["ast"]["rows"][0][1] == "corp-ast-{s}/read"
+    assert all(row[2].endswith(f" --data {path} --vocab 90 --lang fr") for row in table["ast"]["rows"])
+    assert list(table["2"]["sets"]) == ["test", "far"]
+    assert list(table["4"]["sets"]) == [f"test@{path}", f"far@{path}", "clean@embedded", "hard@embedded"]
+    assert table["4"]["rows"][0][1:3] == ("embedded-{s}/speech", "--reward wer")
+    flags = f"--reward wer --init runs/embedded-{{s}}/speech --data {path} --vocab 90 --name corp-from-{{s}}"
+    assert [row[1:3] for row in table["4"]["rows"]][1:] == [("corp-from-{s}/control", flags), ("corp-from-{s}/grpo-wer", flags)]
+
+    seen, name = set(), [None]
+    monkeypatch.setattr(eval_module, "finished", lambda folder: True)
+    monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
+    monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
+    args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu")
+    for args.table, args.data, expected in (("2", path, [("test", 8, 0), ("far", 8, 0)]),
+                                            ("2", None, [(x, 8, s) for x in ("clean", "hard", "ood") for s in (0, 1)]),
+                                            ("rba", None, [(x, 8 if x != "voices" else 2, s) for x in ("clean", "hard", "voices")
+                                                           for s in (0, 1)])):
+        seen.clear()
+        eval_module.print_paper_table(args)
+        assert seen == set(expected)
+
+
+def test_grpo_keeps_its_best_on_dev(tmp_path, monkeypatch):
+    """Of three looks at dev, with 1, 0 and 2 errors in 2 words, the second's model is best.pt; all three are in the log."""
+    args, corpus = alone(tmp_path, monkeypatch)
+    rl_arguments(args, steps=3, grpo_dev_evals=3)
+    monkeypatch.setitem(sft.HEARD, "dev", [{"target": "one two"}])
+    said = iter(["one", "one two", "oh oh"])
+    monkeypatch.setattr(sft, "transcribe", lambda *a, **k: [next(said)])
+    monkeypatch.setattr(grpo, "gather_rollouts", lambda *a: [])
+
+    def update(model, reference, opts, parameters, parts, args, row, step, device):
+        model.projection.bias.data.fill_(step + 1)
+        row.update(reward=0, zero_variance=0, entropy=0, kl=0)
+
+    monkeypatch.setattr(grpo, "update", update)
+    folder = grpo.train(args, corpus)
+    read = lambda name: torch.load(f"{folder}/{name}.pt", weights_only=False)["model"]["projection.bias"][0]
+    assert (read("best"), read("last")) == (2, 3)
+    assert [json.loads(line)["dev"] for line in open(f"{folder}/metrics.jsonl")] == [50, 0, 100]
+
+
+def test_a_question_reaches_every_prompt(monkeypatch):
+    """SQA: in SFT's loss, in a rollout, in the policy's loss and in decoding the question of each item stands in its own prompt; a rollout
+    is drawn and scored at one temperature. The control: the items' questions differ from the paper's instruction."""
+    model, (frames, lengths), seen = tiny_model(), some_frames(), []
+    items = [{**item, "prompt": prompt} for item, prompt in zip(as_items(TEXTS[:3]), ("call anna", "six seven", "nine"))]
+    asked, embed = [item["prompt"] for item in items], model.embed_prompt
+    monkeypatch.setattr(model, "embed_prompt", lambda frames, lengths, asked=None: seen.append(asked) or embed(frames, lengths, asked))
+    args = argparse.Namespace(rollout="sample", G=2, max_new=5, temperature=0.5, off_policy=None, overlong=0, beta=0.0, micro=2, updates=1,
+                              dynamic_sampling=False, loss_norm="token", eps_low=0.2, eps_high=0.2, steps=4, shaping=0.0, algo="grpo",
+                              ce=0.0, shard=False)
+    stage_loss("speech", model, (frames, lengths, items), None, "cpu")
+    transcribe(model, [{**item, "frames": row[:n]} for item, row, n in zip(items, frames, lengths)], max_new=3, batch=9)
+    drawn, scored = [], []
+    monkeypatch.setattr(grpo, "generate", lambda *a: drawn.append(a[4:]) or generate(*a))
+    tokens, n, *_ = rollout(model, frames, lengths, items, "em", args)
+    score = model.token_logps
+    monkeypatch.setattr(model, "token_logps", lambda tokens, prompt, at=1.0: scored.append(at) or score(tokens, prompt, at))
+    varied = torch.tensor([True, False, True])
+    part = frames, lengths, asked, tokens, n, torch.tensor([[1.0, -1], [0, 0], [1, -1]]), varied
+    scales = []
+    monkeypatch.setattr(sft, "step_all", lambda opts, scale, keep: scales.append(scale))
+    for step in range(4):
+        grpo.update(model, None, [], trained_parameters("speech", model), [part], args, {}, step, torch.device("cpu"))
+    by_length = [asked[i] for i in lengths.argsort()]
+    assert seen == [asked, by_length, asked] + [[asked[0], asked[2]]] * 4 and drawn == [(0.5,)] and set(scored) == {0.5}
+    assert scales == pytest.approx([0.2, 0.4 * 0.75, 0.6 * 0.5, 0.8 * 0.25])   # a warm-up of 5 steps, then falling to 0
+
+
+def test_rates_warm_up_and_fall(tmp_path, monkeypatch):
+    """SFT: a tenth of the steps of warm-up, then half a cosine."""
+    args, corpus = alone(tmp_path, monkeypatch, "--text-steps", "20", "--text-batch", "1")
+    scales = []
+    monkeypatch.setattr(sft, "step_all", lambda opts, scale, keep: scales.append(scale))
+    monkeypatch.setattr(sft, "stage_loss", lambda stage, model, *a: (model.llm.norm.weight.sum(), torch.tensor(1)))
+    monkeypatch.setattr(sft, "look_at_dev", lambda *a: (0.0, 0.0))
+    sft.run_stage("text", args, corpus)
+    assert scales == pytest.approx([0.5, 1.0] + [0.5 + 0.5 * math.cos(math.pi * k / 18) for k in range(18)])
+
+
+def test_frames_that_will_not_come_again_are_let_go(monkeypatch):
+    """heard: only those numbered below `keep` stay, and none is made twice."""
+    made = []
+    monkeypatch.setattr(sft, "batches", lambda corpus, keys, *a, **kw: ((key, made.append(key) or key) for key in keys))
+    sft.HEARD.clear()
+    keys = [("grpo", 2, k) for k in (0, 1, 2, 0)]
+    assert list(sft.heard(keys, tiny_model(), None, argparse.Namespace(workers=0), torch.device("cpu"), keep=1)) == list(zip(keys, keys))
+    assert list(sft.HEARD) == keys[:1] and made == keys[:3]
+    sft.HEARD.clear()
+
+
+def test_a_transcript_may_be_twice_as_long_as_the_longest(tmp_path):
+    """--max-new, where it is not given: 2 times the most tokens of a training target with its <EOS>."""
+    p = argparse.ArgumentParser()
+    sft.add_arguments(p)
+    folder = write_corpus(tmp_path, 8, lambda i: "one two " * (1 + i % 3))
+    args = p.parse_args(["--data", folder, "--name", "x", "--vocab", "30", "--workers", "0"])
+    corpus = sft.finish_arguments(args)
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(sft.tokenizer_of(corpus, args))
+    assert args.max_new == 2 * (len(tokenizer.encode("one two one two one two")) + 1)
+
+
+def test_positions_turn_as_llama_3_has_it(monkeypatch):
+    """Dimensions i and i + hd / 2 of position p turn by p * 500,000 ** (-2 i / hd); with another base they would not."""
+    model, ropes = tiny_model(), []
+    layer = model.llm.layers[0]
+    monkeypatch.setattr(layer, "forward", lambda x, rope, *a, f=layer.forward, **kw: ropes.append(rope) or f(x, rope, *a, **kw))
+    model.extend(torch.full((1, 50), 9))
+    cos, sin = (x[0, :, 0] for x in ropes[0])                                  # (50, hd) each
+    angle = torch.tensor([[p * 500000 ** (-i / 4) for i in range(4)] * 2 for p in range(50)])
+    torch.testing.assert_close((cos, sin), (angle.cos(), angle.sin()), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_draw_falls_beside_the_distribution(monkeypatch):
+    """The smallest and the largest number that torch.rand gives draw a token that top_k has left, though a sum of probabilities rounds to
+    a little less than 1. The control: 1 itself, which it never gives, draws one of probability 0."""
+    model = tiny_model()
+    for number, right in ((0.0, True), (1 - 2**-24, True), (1.0, False)):
+        monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, number))
+        tokens, n, logps = generate(model, prompt_of(model), 2, 12, top_k=5)
+        assert tokens.max() < model.llm.config.vocab and torch.isfinite(logps).all() == right
+
+
+def one_of_two(number, folder, job):
+    """Process `number` of two, by fork, joined over gloo; job(number) -> what goes into folder/NUMBER.pt."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    torch.save(job(number), folder / f"{number}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def in_two_processes(folder, job):
+    """job(0) and job(1) in two processes that know of each other -> what they return."""
+    children = [torch.multiprocessing.get_context("fork").Process(target=one_of_two, args=(k, folder, job)) for k in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+        child.kill()
+    return [torch.load(folder / f"{k}.pt", weights_only=False) for k in (0, 1)]
+
+
+def test_shards_are_of_the_first_process_and_let_go_after_sampling(tmp_path):
+    """FSDP2: all begin with the first process's weights, whatever theirs were; within gathered() each has whole layers and one may call
+    them alone, afterwards their parts again, after the next call, too; full() is whole for the first. (No backward pass: a fork forbids
+    it.)"""
+    tokens = torch.arange(9, 15)[None]
+
+    def job(number):
+        model = sft.shard(tiny_model(seed=number), "cpu")
+        held = lambda: sum(p.numel() if not isinstance(p, sft.DTensor) else p.to_local().numel() for p in model.llm.layers.parameters())
+        score = torch.no_grad()(lambda: model(lambda model: model.token_logps(tokens)[0]))
+        score()                                                                # FSDP sets itself up in a first call, of all
+        parts = [held()]
+        with sft.gathered(model):
+            parts.append(held())
+            alone = score() if number == 0 else None                           # waits for nobody
+        parts.append(held())
+        together = score()
+        parts.append(held())
+        return parts, alone, together, sft.full(model.state_dict())
+
+    first, second = in_two_processes(tmp_path, job)
+    model = tiny_model(seed=0)
+    whole, (part, gathered, again, later) = sum(p.numel() for p in model.llm.layers.parameters()), first[0]
+    assert part == again == later < 0.6 * whole < gathered == whole and first[0][0] + second[0][0] == whole
+    for logps in (first[1], first[2], second[2]):
+        torch.testing.assert_close(logps, model.token_logps(tokens)[0])
+    assert all(torch.equal(first[3][name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(tiny_model(seed=1).llm.embed.weight, model.llm.embed.weight)       # the control: the second began elsewhere
+
+
+def test_all_processes_save_at_the_first_ones_time_and_sum_alike(tmp_path):
+    """summed, world, save, look_at_dev and the loop's checkpoints in two processes: the first one's clock, dev score and files count."""
+    def job(number):
+        sft.save(str(tmp_path / f"saved-{number}"), {})
+        score = sft.look_at_dev(tiny_model(), str(tmp_path), {}, 5.0, lambda: 3.0 if number == 0 else [][0])
+        clock, saves = [0.0], []
+        sft.time, sft.save = argparse.Namespace(time=lambda: clock[0]), lambda path, state: saves.append((pace, state.get("step")))
+        for pace in ((30, 0), (0, 30)):                                        # seconds that each process takes for a step
+            for row in sft.training("x", str(tmp_path), {"step": 0}, 3, tiny_model(), [], torch.device("cpu"), 0, 1, lambda: 9.0, {}):
+                clock[0] += pace[number]
+        return sft.summed([number + 1, 10], "cpu"), sft.world(), [save for save in saves if save[1]], score
+
+    (tmp_path / "config.json").write_text("{}")
+    first, second = in_two_processes(tmp_path, job)
+    assert first[:3] == second[:3] == ([3, 20], 2, [((30, 0), 1), ((30, 0), 2), ((30, 0), 3), ((0, 30), 3)])
+    assert first[3] == (3.0, 3.0) and math.isnan(second[3][0]) and second[3][1] == 5.0
+    assert (tmp_path / "saved-0").exists() and not (tmp_path / "saved-1").exists() and (tmp_path / "best.pt").exists()
+
+
+def test_a_first_step_in_which_no_group_varies(tmp_path):
+    """--shard, a reference model and dynamic sampling: no backward pass, no step, and no crash over a reference that was never asked."""
+    def job(number):
+        model, reference = (sft.shard(tiny_model(), "cpu") for _ in range(2))
+        args = argparse.Namespace(beta=0.1, micro=2, dynamic_sampling=True, updates=1, temperature=1.0, off_policy=None, algo="dapo",
+                                  ce=0.0, shard=True, steps=1)
+        part = *some_frames(), [None] * 3, torch.full((12, 6), 9), torch.full((12,), 6), torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool)
+        grpo.update(model, reference, [], trained_parameters("speech", model), [part], args, row := {}, 0, torch.device("cpu"))
+        return row
+
+    for row in in_two_processes(tmp_path, job):
+        assert row["loss"] == row["kl"] == 0
