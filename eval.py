@@ -495,7 +495,7 @@ def print_paper_table(args):
                     refs, hyps = kept_transcripts(path, name, args.test_size, ears, pick_device(args.device))
                     entry = summary(table["task"], refs, hyps)
                     figures.append([entry[c.lower()] for c in names] + [agreement(hyps) for _ in extra])
-                    recorded = args.data or "@" in name and "embedded" not in name  # every seed has the same utterances there
+                    recorded = "embedded" not in name if "@" in name else args.data  # every seed has the same utterances there
                     counts = counts_of(table["task"], refs, hyps)
                     if extra:  # voices that say the same are drawn together
                         counts = np.add.reduceat(counts, range(0, len(counts), data.TAKES))

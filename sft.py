@@ -841,7 +841,7 @@ def teach(args, corpus):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.llm.parameters(), 1.0)
             step_all(opts, cosine(step, args.teacher_steps, warmup=max(1, args.teacher_steps // 10)))
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}")
         found, drawn = {}, 0
         with tqdm(total=args.dialogues, desc="dialogues") as bar:
             while len(found) < args.dialogues:
