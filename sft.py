@@ -61,7 +61,7 @@ TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape
 MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon",
                "grpo_muon", "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
 MEASURED = 512  # utterances, of which read's mean frames are made
-SAVE_SECONDS = 20  # between two checkpoints, and 20 times what saving takes: lost in an interruption, but for what was heard
+SAVE_SECONDS = 20  # from one checkpoint to the next, and as many times what saving took: so it costs under 5%
 
 
 def add_arguments(p):
@@ -283,7 +283,7 @@ def check_config(folder, config, remedy="--name"):
 
 
 def open_run(folder, config, remedy="--name"):
-    """Makes the folder and its config.json, or checks them. Returns what was logged of the step that last.pt holds; without, step 0."""
+    """Makes the folder and its config.json, or checks them. Returns the row of metrics that last.pt holds, {"step": 0} in a new run."""
     check_config(folder, config, remedy)
     wait()
     path = os.path.join(folder, "config.json")
@@ -348,9 +348,9 @@ def restore(state, model, opts, device):
 
 
 def training(label, folder, row, steps, model, opts, device, seed, looks, score, shown):
-    """The loop of every stage: yields `row` before each step that is left, for the caller to make the step and to fill in what
-    metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is needed to go
-    on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
+    """The loop of every stage: yields `row`, one dictionary, before each step that is left, for the caller's loop body to be that step and
+    to fill in what metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is
+    needed to go on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
     first, run = row["step"], read_json(os.path.join(folder, "config.json"))
     best = restore(last_state(folder, run), model, opts, device) if first else math.inf
     if world() > 1:  # all began with the same weights; from here on each has its own masks, slips and samples
@@ -487,7 +487,9 @@ def batches(corpus, keys, workers, ear=None, depth=2):
 def heard(keys, model, corpus, args, device, keep=0, ahead=()):
     """Yields (key, (frames (B, T', D), lengths, items)) for each key. Those numbered below `keep` stay in HEARD, to come again.
 
-    On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want.
+    On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want; on a GPU they
+    make features and this process hears. AHEAD[key] is the iterator that will bring `key`, one for many keys: it may bring others
+    first, which wait in HEARD.
     """
     ear = model if device.type == "cpu" else None
     missing = [key for key in dict.fromkeys((*keys, *(ahead if ear else ()))) if key not in HEARD and key not in AHEAD]
