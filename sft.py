@@ -285,20 +285,17 @@ def check_config(folder, config, remedy="--name"):
 def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns the row of metrics that last.pt holds, {"step": 0} in a new run."""
     check_config(folder, config, remedy)
+    path, last = (os.path.join(folder, name) for name in ("config.json", "last.pt"))
+    row = last_state(folder, json.loads(json.dumps(config)))["row"] if os.path.exists(last) else {"step": 0}
     wait()
-    path = os.path.join(folder, "config.json")
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             with open(path + ".tmp", "w") as f:
                 json.dump(config, f, indent=1)
+            os.replace(path + ".tmp", path)
         except OSError as e:
             data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
-    last = os.path.join(folder, "last.pt")
-    row = last_state(folder, json.loads(json.dumps(config)))["row"] if os.path.exists(last) else {"step": 0}
-    wait()
-    if rank() == 0:
-        os.replace(path + ".tmp", path)
     wait()
     return row
 

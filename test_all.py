@@ -324,15 +324,19 @@ def test_overlap_rewards_against_their_packages():
     nothing = argparse.Namespace(stem=lambda word: word, synsets=lambda word: [])
     rng = random.Random(0)
     for _ in range(500):
-        ref, hyp = (" ".join(rng.choices(["the", "cat", "Cat", "on", "a", "für", "it's", "42", "x."], k=rng.randrange(9))) for _ in range(2))
+        words = ["the", "cat", "Cat", "on", "a", "für", "it's", "42", "x."]
+        ref, hyp = (" ".join(rng.choices(words, k=rng.randrange(9))) for _ in range(2))
         for name, score in scorer.score(ref, hyp).items():
             assert REWARDS[name](ref, hyp) == pytest.approx(score.fmeasure)
-        assert rewards.meteor(ref, hyp) == pytest.approx(nltk.single_meteor_score(ref.split(), hyp.split(), stemmer=nothing, wordnet=nothing))
+        theirs = nltk.single_meteor_score(ref.split(), hyp.split(), stemmer=nothing, wordnet=nothing)
+        assert rewards.meteor(ref, hyp) == pytest.approx(theirs)
 
 
 def test_longest_common_subsequence_against_enumeration_and_sums_of_rewards():
     def longest(a, b):
-        return 0 if not a or not b else max(longest(a[1:], b), longest(a, b[1:]), (a[0] == b[0]) + longest(a[1:], b[1:]) if a[0] == b[0] else 0)
+        if not a or not b:
+            return 0
+        return 1 + longest(a[1:], b[1:]) if a[0] == b[0] else max(longest(a[1:], b), longest(a, b[1:]))
 
     rng = random.Random(1)
     for _ in range(50):
@@ -1156,7 +1160,8 @@ def test_skipping_constant_groups_and_micro_batches_change_no_gradient(norm, mon
         parameters = trained_parameters("speech", model)
         monkeypatch.setattr(sft, "step_all", lambda *_, keep: grads.extend(p.grad.flatten() for p in parameters))
         args = argparse.Namespace(G=G, beta=beta, micro=micro, dynamic_sampling=dynamic, updates=1, temperature=1.0, loss_norm=norm,
-                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0, algo="grpo", ce=0.0, shard=False)
+                                  max_new=8, eps_low=0.2, eps_high=0.2, steps=1, off_policy=None, shaping=0.0, algo="grpo", ce=0.0,
+                                  shard=False)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: 0.0)
         part = frames, lengths, [None] * 3, tokens, n, advantages, varied
         grpo.update(model, tiny_model() if beta else None, [], parameters, [part], args, {}, 0, torch.device("cpu"))
@@ -1275,7 +1280,8 @@ def test_conditions_differ_as_they_say():
     seconds = {c: np.mean([len(data.utterance("test", i, 0, c)["audio"]) for i in range(12)]) for c in ("far", "pauses")}
     assert seconds["pauses"] > 1.5 * seconds["far"]                            # and only pauses are long
     voices = [data.Embedded(0, 8).item("voices", i) for i in range(8)]
-    assert len({item["text"] for item in voices[:4]}) == 1 != len({item["text"] for item in voices}) and len({item["speaker"] for item in voices[:4]}) > 1
+    assert len({item["text"] for item in voices[:4]}) == 1 != len({item["text"] for item in voices})
+    assert len({item["speaker"] for item in voices[:4]}) > 1
     assert len(data.LEXICON) >= 100
 
 
@@ -1528,7 +1534,8 @@ def test_main_job_in_miniature(tmp_path):
     command(tmp_path, "grpo.py", *SMALL)
 
     pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
-    sampled = [command(tmp_path, "eval.py", *pair, "--sets", "clean", "--test-size", "3", "--temperature", "0.9", "--top-p", "0.9") for _ in range(2)]
+    draw = *pair, "--sets", "clean", "--test-size", "3", "--temperature", "0.9", "--top-p", "0.9"
+    sampled = [command(tmp_path, "eval.py", *draw) for _ in range(2)]
     assert sampled[0].split("]")[-1] == sampled[1].split("]")[-1]
     out = command(tmp_path, "eval.py", *pair, "--sets", "hard", "--test-size", "3")
     assert "paired bootstrap" in out and "hard: 3 utterances" in out
@@ -1538,7 +1545,13 @@ def test_main_job_in_miniature(tmp_path):
     out = command(tmp_path, "grpo.py", *SMALL, "--llm", "8b", "--dry-run", "8", "--shard", "--recompute", "--muon", "0", "--grpo-muon", "0")
     assert "7,78" in out and "memory of each process" in out and "learning" in out  # millions of parameters; nothing was made
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]), ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
+    for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]),
+                      ("'nan*wer' is no reward", ["grpo.py", "--reward", "nan*wer", *SMALL]),
+                      ("--lr nan", ["grpo.py", *SMALL, "--lr", "nan"]),
+                      ("--beam 0", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "0"]),
+                      ("--name ../out", ["grpo.py", *SMALL, "--name", "../out"]),
+                      ("heard no speech", ["grpo.py", *SMALL, "--init", str(run / "text"), "--name", "deaf"]),
+                      ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
@@ -1626,7 +1639,8 @@ def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, 
     out = command(tmp_path, "eval.py", "--ckpt", str(run), "--sets", "clean", "--test-size", "3")
     assert "BLEU" in out
     soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
-    assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", *(["--question", "who is named"] if task == "sqa" else []))
+    asked = ["--question", "who is named"] if task == "sqa" else []
+    assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", *asked)
     if task == "sqa":
         assert "--question" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", code=2)
 
@@ -1642,7 +1656,7 @@ def test_dpo_against_a_case_worked_by_hand():
     def check(loss):
         logp = torch.tensor([[-1.0, -1.0], [-3.0, -7.0], [-0.5, -1.5]], requires_grad=True)
         value = loss(logp, ref, mask, torch.ones(1), 0.5)
-        assert abs(float(value) - 0.201413) < 1e-5
+        assert abs(value.item() - 0.201413) < 1e-5
         value.backward()
         assert torch.allclose(logp.grad, torch.tensor([[-0.091213, -0.091213], [0.091213, 0.0], [0.0, 0.0]]), atol=1e-5)
         assert abs(float(loss(logp, None, mask, torch.ones(1), 0.5, 0.2)) - (0.474077 + 0.2)) < 1e-5
@@ -1669,7 +1683,8 @@ def test_dpo_gradient_against_a_loop():
         loss = 0
         for i in range(0, 12, 3):
             won, lost = (sum(y[j, t] - (ref[j, t] if with_ref else 0) for t in range(n[j])) for j in (i, i + 1))
-            loss = loss + differ[i // 3] * torch.log(1 + torch.exp(-0.3 * (won - lost))) - ce * sum(y[i + 2, t] for t in range(n[i + 2])) / n[i + 2]
+            loss = loss + differ[i // 3] * torch.log(1 + torch.exp(-0.3 * (won - lost)))
+            loss = loss - ce * sum(y[i + 2, t] for t in range(n[i + 2])) / n[i + 2]
         loss.backward()
         assert torch.allclose(x.grad, y.grad, atol=1e-6)
 
@@ -1757,7 +1772,8 @@ def test_adaptation_and_its_table(tmp_path):
     far = [*SMALL, "--init", "runs/embedded-0/speech", "--domain", "far", "--name", "far-0"]
     out = command(tmp_path, "grpo.py", *far)
     assert "far: 3 utterances" in out
-    before, after = (torch.load(tmp_path / "runs" / run / "speech" / "best.pt", weights_only=False)["model"] for run in ("embedded-0", "far-0"))
+    before, after = (torch.load(tmp_path / "runs" / run / "speech" / "best.pt", weights_only=False)["model"]
+                     for run in ("embedded-0", "far-0"))
     assert all(torch.equal(before[k], after[k]) for k in before) and not (tmp_path / "runs" / "far-0" / "encoder").exists()
     out = command(tmp_path, "eval.py", "--table", "4", "--seeds", "0", "--test-size", "3")
     assert "87.88" in out and "missing" not in out and "from base" in out
@@ -1825,7 +1841,8 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import sft; sft.data_parallel = lambda model, parameters: model; sft.main()")
 
     def launch(folder, script, *argv):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
+        port = str(20000 + os.getpid() % 20000)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
         return subprocess.run([*torchrun, os.path.join(here, script), *argv], cwd=folder, capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here})
 
@@ -1847,9 +1864,10 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
 
     def check_log(folder, stages):
         for stage in stages:
-            a, b = ([json.loads(line) for line in open(run / "runs" / "embedded-0" / stage / "metrics.jsonl")] for run in (tmp_path, folder))
+            a, b = (eval_module.read_log(run / "runs" / "embedded-0" / stage) for run in (tmp_path, folder))
             for x, y in zip(a, b, strict=True):
-                assert x.keys() == y.keys() and all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"}), (stage, x, y)
+                near = all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"})
+                assert x.keys() == y.keys() and near, (stage, x, y)
 
     for folder, name in ((shared, "muon"), (sharded, "dapo-ed")):
         check(folder, ("speech", "control", name))
@@ -1866,7 +1884,8 @@ def test_german_translations_and_answers():
                             ("stop the timer in one hours", "halte den timer in einer stunde an"),
                             ("set alarm for one", "stelle den wecker auf ein uhr"), ("play song one", "spiele lied eins"),
                             ("send ann the message today", "sende ann heute die nachricht"),
-                            ("look at the red pen", "sieh dir den roten stift an"), ("blue ship and green cat", "blaues schiff und grüne katze"),
+                            ("look at the red pen", "sieh dir den roten stift an"),
+                            ("blue ship and green cat", "blaues schiff und grüne katze"),
                             ("close the garage in the bedroom", "schließe die garage im schlafzimmer"), ("one ten", None),
                             ("seven zero", "sieben null"), ("tom ann", "tom ann"), ("a b", None), ("lamp on the", None)):
         assert data.german(english) == german
