@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames, spec_augment
-from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, SpeechLM, beam_search, generate, train_tokenizer
+from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, SpeechLM, beam_search, generate, linear, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
 
 
@@ -550,12 +550,14 @@ def clock(run, device, times=3):
 
 
 def limits(device):
-    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16), bytes a second of a copy (read
-    and written)."""
+    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16), by torch's own or model.linear's
+    route if that is quicker, and bytes a second of a copy (read and written)."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
-    a, b = torch.randn(2, n, n, device=device, dtype=kind)
+    a, layer = torch.randn(n, n, device=device, dtype=kind), torch.nn.Linear(n, n, bias=False, device=device, dtype=kind)
     source, target = torch.ones(2, 2**26, device=device)  # written to: a page that never was costs more than a copy
-    return 2 * n**3 / clock(lambda: a @ b, device), 2 * source.nbytes / clock(lambda: target.copy_(source), device)
+    with torch.no_grad():
+        product = min(clock(lambda: a @ layer.weight, device), clock(lambda: linear(a, layer), device))
+    return 2 * n**3 / product, 2 * source.nbytes / clock(lambda: target.copy_(source), device)
 
 
 def bench_model(shape):
@@ -579,9 +581,9 @@ def bench_earshot(shape, device):
     def prefill():
         return model.prefill(*model.embed_prompt(frames, lengths))
 
-    def rollout(search=False):
+    def rollout(search=False, graph=device.type == "cuda"):
         with autocast(device), torch.no_grad():
-            return beam_search(model, prefill(), G, new) if search else generate(model, prefill(), G, new)
+            return beam_search(model, prefill(), G, new) if search else generate(model, prefill(), G, new, graph=graph)
 
     def learn():
         for rows in torch.arange(B, device=device).split(micro):
@@ -595,8 +597,12 @@ def bench_earshot(shape, device):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest comes after
+    with autocast(device), torch.no_grad():
+        out = {"prefill": clock(prefill, device)}
+    out |= {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest is later
     rate, copy = limits(device)
+    if device.type == "cuda":
+        out["launches"] = clock(lambda: rollout(graph=False), device)
     return {**out, "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
 
 
@@ -721,6 +727,11 @@ def bench(shapes, device):
             tokens = f"   {N * new / mine:.0f} tokens/s" if operations == work else ""
             print(f"  {what:<14}{mine:8.2f} s{100 * operations / mine / ours['rate']:15.0f}%{beside(mine, peer, 's ')}{tokens}")
         print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl.get('peak', 0) / 1e9, 'GB')}")
+        c, size = LLAMAS[name], 2 if device.type == "cuda" else 4
+        kv = 2 * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * new / 2)
+        read, decoding = size * (forward_flops(c, 0, 0, 1, 1) / 2 + kv), ours["rollout"] - ours["prefill"]  # each weight takes part once
+        print(f"  a new token reads {read / 1e9:.3f} GB, weights, keys and values, at {100 * new * read / decoding / ours['copy']:.0f}% of the "
+              "speed of copying" + (f"; without --graph sampling takes {ours['launches']:.2f} s" if "launches" in ours else ""))
         for reward, speeds in pairs_a_second(N).items():
             print(f"  {'reward ' + reward:<14}{speeds[0]:8.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
                   + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))

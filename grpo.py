@@ -181,7 +181,7 @@ def rollout(model, frames, lengths, items, reward, args):
     if args.rollout == "beam":
         tokens, n, _ = beam_search(model, prompt, G, args.max_new)
     else:
-        tokens, n, _ = generate(model, prompt, G, args.max_new, args.temperature)
+        tokens, n, _ = generate(model, prompt, G, args.max_new, args.temperature, graph=args.graph and frames.is_cuda)
     if args.off_policy:
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
     hyps = model.decode(tokens, n)
@@ -249,6 +249,7 @@ def main():
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
+    p.add_argument("--graph", action="store_true", help="on a GPU: sample by a CUDA graph, one launch a token")
     p.add_argument("--off-policy", choices=["reference", "duplicate"], help="the reference as a member of the group: see above")
     p.add_argument("--shaping", type=float, default=0.0, help="with --off-policy reference: LUFFY's p / (p + SHAPING), 0.1 there")
     p.add_argument("--overlong", type=int, default=0, help="DAPO's soft punishment of the last so many tokens before --max-new")

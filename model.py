@@ -84,6 +84,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)  # FSDP's weights are bf16
 
 
+def linear(x, layer):
+    """x (.., D) through an nn.Linear without a bias -> (.., O), as fast as this processor can.
+
+    On a CPU nn.Linear goes to MKL, which knows AMD's processors badly: there oneDNN, as a convolution of kernel 1 over the rows, takes
+    half as long for many rows, and for few the transposed product three quarters. Small matrices gain nothing.
+    """
+    rows, weight = x.numel() // x.shape[-1], layer.weight
+    if x.device.type != "cpu" or weight.numel() < 2**17 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
+    if rows < 128:
+        return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
+    y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), weight[:, :, None, None])  # (1, O, rows, 1), its memory (rows, O)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
 def rotate(x, cos, sin):
     """Rotary positions (2104.09864): dimensions i and i + hd / 2 turn together. x (N, T, heads, hd), cos and sin (N, T, 1, hd)."""
     a, b = x.chunk(2, dim=-1)
@@ -103,26 +118,25 @@ class Attention(nn.Module):
 
     def keys_values(self, x, rope):
         """x (N, T, D) -> keys, turned to their positions, and values, (N, K, T, hd) each."""
-        k = rotate(self.wk(x).unflatten(-1, (self.K, self.hd)), *rope)         # (N, T, K, hd)
-        return k.transpose(1, 2), self.wv(x).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
+        k = rotate(linear(x, self.wk).unflatten(-1, (self.K, self.hd)), *rope)         # (N, T, K, hd)
+        return k.transpose(1, 2), linear(x, self.wv).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
-    def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, start=0):
+    def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, at=None):
         """x (N, T, D); bias (T, S), without a shared prompt also (N, 1, T, S), is added to the scores: 0 or -inf.
 
         shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
-        cache: preallocated keys and values (N, K, longest, hd); positions start .. start + T are written by index.
+        cache: preallocated keys and values (2, N, K, longest, hd), where these go to the positions at (T,), and S are read.
         Returns (N, T, D) and this call's own keys and values.
         """
         N, T, _ = x.shape
-        q = rotate(self.wq(x).view(N, T, self.H, self.hd), *rope)
+        q = rotate(linear(x, self.wq).view(N, T, self.H, self.hd), *rope)
         k, v = own = self.keys_values(x, rope)
         if cache is not None:
-            cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
-            k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]                # (N, K, S, hd)
+            k, v = (c.index_copy_(2, at, y)[:, :, :bias.shape[-1]] for c, y in zip(cache, own))      # (N, K, S, hd)
         if shared is None:
             k, v = (y.repeat_interleave(self.H // self.K, 1) for y in (k, v))  # enable_gqa and a mask are not fused on a GPU
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype))    # (N, H, T, hd)
-            return self.wo(mixed.transpose(1, 2).reshape(N, T, -1)), own
+            return linear(mixed.transpose(1, 2).reshape(N, T, -1), self.wo), own
         # The G rows of an utterance ask the same prompt, so their queries are stacked: `together` makes (B, K, G R T, x) of
         # (N, K, R T, x), `apart` undoes it. So the prompt is neither copied nor read G times. One softmax over prompt (far) and
         # response (near) is exp(score - top) / total, with a top and a total over both; top cancels, and needs no gradient.
@@ -139,7 +153,7 @@ class Attention(nn.Module):
         total = near.sum(-1, keepdim=True) + apart(far.sum(-1, keepdim=True))
         mixed = (near.to(v.dtype) @ v + apart(far.to(v.dtype) @ pv)) / total              # (N, K, R T, hd)
         mixed = mixed.to(x.dtype).view(N, self.H, T, self.hd).transpose(1, 2).reshape(N, T, -1)
-        return self.wo(mixed), own
+        return linear(mixed, self.wo), own
 
 
 class Layer(nn.Module):
@@ -159,7 +173,7 @@ class Layer(nn.Module):
         mixed, own = self.attn(self.norm1(x), rope, *context)
         x = x + mixed
         h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h)), own
+        return x + linear(F.silu(linear(h, self.gate)) * linear(h, self.up), self.down), own
 
 
 class Llama(nn.Module):
@@ -184,7 +198,7 @@ class Llama(nn.Module):
             for p in (layer.attn.wo.weight, layer.down.weight):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers))
 
-    def forward(self, x, positions, bias, prompt=None, caches=None, start=0, kv_only=False):
+    def forward(self, x, positions, bias, prompt=None, caches=None, at=None, kv_only=False):
         c = self.config
         hd = c.d // c.n_heads
         freq = c.rope_theta ** (-torch.arange(0, hd, 2, device=x.device) / hd)
@@ -193,7 +207,7 @@ class Llama(nn.Module):
         kv = []
         for i, layer in enumerate(self.layers):
             shared = (None, None) if prompt is None else (prompt.kv[i], prompt.bias)
-            inputs = x, rope, bias, *shared, None if caches is None else caches[i], start
+            inputs = x, rope, bias, *shared, None if caches is None else caches[i], at
             last = kv_only and i + 1 == c.n_layers
             again = self.recompute and torch.is_grad_enabled() and not last
             x, own = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs, kv_only=last)
@@ -202,13 +216,13 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """(.., D) -> (.., V), fp32."""
-        return F.linear(hidden, self.embed.weight if self.config.tie else self.head.weight).float()
+        return linear(hidden, self.embed if self.config.tie else self.head).float()
 
 
-def causal_bias(T, S, device):
-    """(T, S): the last T of S positions see themselves and what came before. -inf elsewhere."""
-    seen = torch.arange(S, device=device) <= torch.arange(S - T, S, device=device)[:, None]
-    return torch.zeros(T, S, device=device).masked_fill(~seen, -math.inf)
+def causal_bias(at, S):
+    """(T, S): the positions at (T,), of S, see themselves and what came before. -inf elsewhere."""
+    seen = torch.arange(S, device=at.device) <= at[:, None]
+    return torch.zeros(seen.shape, device=at.device).masked_fill(~seen, -math.inf)
 
 
 class Prompt(NamedTuple):
@@ -262,25 +276,28 @@ class SpeechLM(nn.Module):
         P = x.shape[1]
         real = length_mask(length, P).flip(1)                                  # (B, P)
         pad_bias = torch.zeros(real.shape, device=x.device).masked_fill(~real, -math.inf)[:, None, None]  # (B, 1, 1, P)
-        bias = causal_bias(P, P, x.device) + pad_bias                          # (B, 1, P, P)
+        at = torch.arange(P, device=x.device)
+        bias = causal_bias(at, P) + pad_bias                          # (B, 1, P, P)
         bias.diagonal(dim1=-2, dim2=-1).zero_()  # a pad sees itself: a row of -inf alone would be NaN
         if torch.is_autocast_enabled(x.device.type):
             bias = bias.to(torch.get_autocast_dtype(x.device.type))  # once, not in each layer
-        positions = (torch.arange(P, device=x.device) - (P - length)[:, None]).clamp(min=0)  # (B, P)
+        positions = (at - (P - length)[:, None]).clamp(min=0)  # (B, P)
         _, kv = self.llm(x, positions, bias, kv_only=True)
         return Prompt(kv, pad_bias, length)
 
     def extend(self, tokens, prompt=None, caches=None, start=0):
         """Hidden states (N, T, D) of response tokens (N, T), row n after prompt n // G; without a prompt, of plain text.
 
-        With caches, these are positions start .. start + T of responses whose earlier part is in there.
+        With caches, these are positions start .. start + T of responses whose earlier part is in there. start: a number, or a tensor,
+        for a CUDA graph, whose shapes stay the same: then all of the caches is read, what is not written yet with a bias of -inf.
         """
         N, T = tokens.shape
-        positions = torch.arange(start, start + T, device=tokens.device).expand(N, T)
+        at = start + torch.arange(T, device=tokens.device)                     # (T,)
+        positions = at.expand(N, T)
         if prompt is not None:
             positions = positions + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]
-        bias = causal_bias(T, start + T, tokens.device)
-        return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, start)[0]  # residuals are fp32, under FSDP too
+        bias = causal_bias(at, caches[0].shape[3] if torch.is_tensor(start) else start + T)
+        return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, at)[0]  # residuals are fp32, under FSDP too
 
     def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):
         """Log-probabilities (N, T) of targets (N, T) = x_1 .. x_T <EOS>, and the entropy (N, T) there, in nats, fp32.
@@ -308,7 +325,7 @@ class SpeechLM(nn.Module):
     def new_caches(self, N, longest, like):
         """Preallocated keys and values for N responses of up to `longest` tokens: per layer (2, N, K, longest, hd)."""
         c = self.llm.config
-        return [like.new_empty(2, N, c.n_kv_heads, longest, c.d // c.n_heads) for _ in range(c.n_layers)]
+        return [like.new_zeros(2, N, c.n_kv_heads, longest, c.d // c.n_heads) for _ in range(c.n_layers)]
 
     def decode(self, tokens, lengths):
         """Token rows (N, T), valid for `lengths` (N,) -> N strings; <EOS> and the other control tokens are silent."""
@@ -345,12 +362,13 @@ def filter_logits(logits, top_k=None, top_p=1.0, min_p=0.0):
 
 
 @torch.no_grad()
-def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0, graph=False):
     """Samples G responses for each of B prompts; temperature 0 is greedy.
 
     Returns tokens (N, T) = x_1 .. <EOS> <PAD>.. with N = B * G and T <= max_new, lengths (N,) that count <EOS>, and
     the tokens' log-probabilities (N, T) under the distribution they were drawn from (0 on padding; greedy: under the
     model's). A row without <EOS> has been truncated. The penalty (CTRL, 1909.05858) is on the response's own tokens.
+    graph: on a GPU one launch a token in place of a thousand, by a CUDA graph; it needs steps that are all alike, without the penalty.
     """
     N, device = len(prompt.length) * G, prompt.length.device
     caches = model.new_caches(N, max_new, prompt.kv[0][0])
@@ -359,23 +377,35 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     token = torch.full((N, 1), BOS, device=device)
     done = torch.zeros(N, dtype=torch.bool, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
-    for t in range(max_new):
-        logits = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1]          # (N, V)
+    at = torch.zeros(1, dtype=torch.long, device=device)  # the step's number where a graph can read it
+
+    def step(t):
+        logits = model.llm.logits(model.extend(token, prompt, caches, at if graph else t))[:, -1]       # (N, V)
         if repetition_penalty != 1 and t:
             said = torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens[:, :t], True)
             logits = torch.where(said, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
         if temperature == 0:
-            p, token = logits.softmax(-1), logits.argmax(-1, keepdim=True)
+            p, new = logits.softmax(-1), logits.argmax(-1, keepdim=True)
         else:
             p = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)      # (N, V)
             # The token in whose stretch of the summed probabilities a number from (0, 1] falls: never one of probability 0.
             edge = p.cumsum(-1)
-            token = torch.searchsorted(edge, edge[:, -1:] * (1 - torch.rand(N, 1, device=device)))
-        logp = p.gather(1, token)[:, 0].log()
-        token = token.masked_fill(done[:, None], PAD)
-        tokens[:, t], logps[:, t] = token[:, 0], logp.masked_fill(done, 0.0)
-        lengths += ~done  # counted, not read off the tokens: nothing forbids a model to write <PAD> itself
-        done = done | (token[:, 0] == EOS)
+            new = torch.searchsorted(edge, edge[:, -1:] * (1 - torch.rand(N, 1, device=device)))
+        logps.index_copy_(1, at, p.gather(1, new).log().masked_fill(done[:, None], 0.0))
+        token.copy_(new.masked_fill(done[:, None], PAD))
+        tokens.index_copy_(1, at, token)
+        lengths.add_(~done)  # counted, not read off the tokens: nothing forbids a model to write <PAD> itself
+        done.logical_or_(token[:, 0] == EOS)
+        at.add_(1)
+
+    replay = step
+    for t in range(max_new):
+        replay(t)
+        if t == 0 and graph and device.type == "cuda":  # the first step has warmed up what the others repeat
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                step(1)
+            replay = lambda t: captured.replay()
         if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then
             break
     longest = int(lengths.max())

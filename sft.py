@@ -16,7 +16,7 @@ The stage read is ours, not the paper's, whose LLM comes with a knowledge of spe
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
 mean of the encoder's frames for it in its first training utterances (embedded: clean ones). Prompts are a third as long
 as speech's, so words are learned from their sounds at little cost, and speech has durations and noise left to teach
-(what it brings: LOG.md, 2026-11-21).
+(what it brings: LOG.md, 2026-11-21). For the task sqa half of its items are transcribed, not answered.
 
 Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
 gradients are summed over all (DistributedDataParallel), and the first process alone looks at dev, writes and prints. So N processes are
@@ -59,7 +59,7 @@ from rewards import normalize, word_error_rate
 ORDER = ["encoder", "text", "read", "speech", "control"]
 TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape of RBA's teacher
 MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon",
-               "grpo_muon", "shard", "recompute", "beta", "eps_low", "eps_high", "std", "dynamic_sampling", "shaping", "overlong", "ce"}
+               "grpo_muon", "beta", "eps_low", "eps_high", "shaping", "overlong", "ce"}
 MEASURED = 512  # utterances, of which read's mean frames are made
 SAVE_SECONDS = 20  # from one checkpoint to the next, and as many times what saving took: so it costs under 5%
 
@@ -87,8 +87,9 @@ def add_arguments(p):
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--speech-batches", type=int, default=420, help="different batches it hears, and keeps; the first are the encoder's")
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
-    for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""), ("read", 600, 3e-3, "; 0 leaves it out"),
-                                   ("speech", 2600, 3e-3, ""), ("control", 1250, 5e-4, ", SFT continued: about as long as GRPO")):
+    for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""),
+                                   ("read", None, 3e-3, "; 0 leaves it out; default: 600, for sqa 1200"), ("speech", 2600, 3e-3, ""),
+                                   ("control", 1250, 5e-4, ", SFT continued: about as long as GRPO")):
         p.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"optimiser steps of the stage {stage}{note}")
         p.add_argument(f"--{stage}-lr", type=float, default=lr, help=f"peak learning rate of the stage {stage}")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
@@ -222,10 +223,12 @@ def finish_arguments(args):
     task, taught = args.task if args.task != "asr" else "", "taught" if args.teacher_steps else ""
     args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
+    if args.read_steps is None:
+        args.read_steps = 1200 if args.task == "sqa" else 600
     if args.control_batches is None:
         args.control_batches = getattr(args, "steps", 200) * args.accumulate * world()
     for key, value in vars(args).items():
-        least = 0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
+        least = 0 if key in MAY_BE_ZERO or isinstance(value, bool) else 1 if isinstance(value, int) else 1e-12
         if isinstance(value, (int, float)) and not least <= value < 2**32:
             data.die(f"--{key.replace('_', '-')} {value}: not from {least} to {2**32}; see --help for what it means and its default")
     pick_device(args.device)
@@ -235,6 +238,8 @@ def finish_arguments(args):
         data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
+    if args.shard and getattr(args, "graph", False):
+        data.die("--graph: a graph cannot wait for other processes' weights; leave out --shard or --graph")
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
@@ -674,7 +679,10 @@ def stage_loss(stage, model, batch, corpus, device):
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:
         if stage == "read":
-            items, (frames, lengths) = batch, spelled(model, [item["text"] for item in batch], corpus)
+            # An answer holds one word of what was said: half of the items are transcribed instead, or words are hardly learned (LOG.md).
+            items = [{**item, "prompt": None, "target": item["text"]} if corpus.task == "sqa" and i % 2 else item
+                     for i, item in enumerate(batch)]
+            frames, lengths = spelled(model, [item["text"] for item in items], corpus)
         else:
             frames, lengths, items = batch
         targets, n = targets_of(model, [item["target"] for item in items], device)

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 import data
 import eval as eval_module
 import grpo
+import model as model_module
 import rewards
 import sft
 from encoder import Encoder, EncoderConfig, length_mask, log_mel, spec_augment, subsampled
@@ -47,7 +48,7 @@ from eval import main as eval_main
 from eval import transcribe
 from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Attention, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
-                   filter_logits, generate, load_tokenizer, right_pad, train_tokenizer)
+                   filter_logits, generate, linear, load_tokenizer, right_pad, train_tokenizer)
 from rewards import REWARDS
 from sft import saved_bytes, stage_loss, targets_of, trained_parameters
 
@@ -544,6 +545,39 @@ def test_cached_decoding_equals_uncached():
 
 
 @torch.no_grad()
+def test_steps_of_one_shape_sample_the_same(monkeypatch):
+    """What a CUDA graph repeats, steps that read all of the cache and know their number as a tensor only, draws the same tokens."""
+    model, prompt = tiny_model(), prompt_of(tiny_model())
+
+    def check():
+        for how in (dict(temperature=0), dict(), dict(temperature=0.7, top_p=0.8)):
+            rows = []
+            for graph in (False, True):
+                torch.manual_seed(1)
+                rows.append(generate(model, prompt, 3, 12, graph=graph, **how))
+            (a, n, p), (b, m, q) = rows
+            assert torch.equal(a, b) and torch.equal(n, m) and torch.allclose(p, q, atol=1e-5)
+            assert how or n.min() < n.max()
+
+    check()
+    monkeypatch.setattr(model_module, "causal_bias", lambda at, S: torch.zeros(len(at), S))  # what is not written yet takes part
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_linear_is_the_same_by_every_route():
+    """nn.Linear, oneDNN's convolution and the transposed product: outputs and gradients."""
+    for kind, atol in ((torch.double, 1e-10), (torch.float, 1e-4)):
+        for shape, out in (((3, 2), 256), ((2, 70), 256), ((200,), 256), ((200,), 8), ((1, 1), 256)):
+            layer = torch.nn.Linear(512, out, bias=False, dtype=kind)
+            x, grad = torch.randn(*shape, 512, dtype=kind, requires_grad=True), torch.randn(*shape, out, dtype=kind)
+            y, expected = linear(x, layer), x @ layer.weight.T
+            assert y.shape == expected.shape and torch.allclose(y, expected, atol=atol)
+            both = [torch.autograd.grad(z, (x, layer.weight), grad) for z in (y, expected)]
+            assert all(torch.allclose(a, b, atol=atol) for a, b in zip(*both))
+
+
+@torch.no_grad()
 def test_prompt_then_response_equals_one_plain_pass():
     """Prompt and response together through the decoder, all layers, no cache: what prefill leaves out changes nothing."""
     model = tiny_model()
@@ -553,7 +587,7 @@ def test_prompt_then_response_equals_one_plain_pass():
 
     def check(x):
         S = x.shape[1]
-        whole, _ = model.llm(x, torch.arange(S)[None], causal_bias(S, S, "cpu"))
+        whole, _ = model.llm(x, torch.arange(S)[None], causal_bias(torch.arange(S), S))
         assert torch.allclose(whole[:, -6:], apart, atol=1e-5)
 
     check(torch.cat([x, model.llm.embed(tokens)], 1))
@@ -567,7 +601,7 @@ def test_a_chunk_sees_its_past():
         for i in range(3):
             assert [j for j in range(8) if bias[i, j] == 0] == list(range(8 - 3 + i + 1))
 
-    check(causal_bias(3, 8, "cpu"))
+    check(causal_bias(torch.arange(5, 8), 8))
     with pytest.raises(AssertionError):
         check(torch.zeros(3, 8).masked_fill(~torch.ones(3, 8, dtype=torch.bool).tril(), -math.inf))
 
@@ -681,7 +715,7 @@ def test_operations_and_memory_are_counted_right():
 
 def test_bench_divides_what_it_measured(monkeypatch, capsys):
     """--bench's shares of the limit and ratios, from given seconds; and its own engine, which has to run."""
-    took = {"earshot": dict(rollout=1.0, learn=2.0, beam=0.5, peak=1e9, rate=1e7, copy=1e9),
+    took = {"earshot": dict(rollout=1.0, prefill=0.2, learn=2.0, beam=0.5, peak=1e9, rate=1e7, copy=1e9),
             "transformers": dict(sample=4.0, beam=1.5), "trl": dict(step=12.0, peak=5e9)}
     monkeypatch.setattr("eval.run_engine", lambda engine, shape, device: took[engine])
     eval_bench(["tiny,30,2,2,4"], torch.device("cpu"))
@@ -691,6 +725,9 @@ def test_bench_divides_what_it_measured(monkeypatch, capsys):
                                ("GRPO step", 4 * work / 3, 4)):
         assert f" {share:.0f}%" in lines[name] and (f" {ratio:.1f}x" in lines[name] if ratio else "x" not in lines[name])
     assert "5.0x" in lines["peak memory"] and "16 tokens/s" in lines["sampling"]
+    weights = sum(p.numel() for name, p in Llama(LLAMAS["tiny"]).named_parameters() if p.dim() > 1)            # tied: once
+    read = 4 * (weights + 2 * 2 * 32 * (2 * 30 + 4 * 4 / 2))
+    assert f"reads {read / 1e9:.3f} GB" in lines["a new token re"]
     monkeypatch.setattr("eval.limits", lambda device: (1.0, 1.0))
     assert min(bench_earshot("tiny,30,2,2,4", torch.device("cpu")).values()) > 0
 
@@ -910,6 +947,14 @@ def test_read_stage_spells_in_mean_frames_and_trains_the_projection(monkeypatch)
     loss, _ = stage_loss("read", model, as_items(["turn on the light"]), corpus, "cpu")
     loss.backward()
     assert model.projection.weight.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
+    asked, embed = [], model.embed_prompt
+    monkeypatch.setattr(model, "embed_prompt", lambda frames, n, prompts: asked.append(prompts) or embed(frames, n, prompts))
+    for task, prompts in (("asr", [None] * 4), ("ast", ["translate into de"] * 4), ("sqa", ["how many words are there", None] * 2)):
+        items = [data.posed(text, task, 2) for text in ("stop the timer in one hours", "call ann") * 2]
+        written = []
+        monkeypatch.setattr(sft, "targets_of", lambda model, texts, device: written.append(texts) or targets_of(model, texts, device))
+        stage_loss("read", model, items, data.Embedded(0, 3, task), "cpu")
+        assert asked.pop() == prompts and [text == item["text"] for text, item in zip(written[0], items)] == [p is None for p in prompts]
 
 
 def test_weights_stay_fp32_where_small_steps_count():
@@ -1048,7 +1093,7 @@ def test_references_join_their_groups():
     assert model.decode(rows[1:2], long[1:2]) == ["one two"] and torch.equal(rows[[0, 2, 3, 4, 5], :3], tokens[[0, 2, 3, 4, 5]])
     again, _ = grpo.with_references(rows, long, targets, lengths, 3, "duplicate")
     assert torch.equal(again, rows)
-    args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0)
+    args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0, graph=False)
     frames = some_frames(2)
     tokens, n, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     assert hyps[2::3] == texts and scores[:, 2].tolist() == [1, 1] and scores.shape == (2, 3)
@@ -1133,7 +1178,7 @@ def test_rewards_go_to_their_own_group(monkeypatch):
     """Fault 5: row n is a sample of utterance n // G, whatever the prompts' text."""
     model = tiny_model()
     monkeypatch.setitem(REWARDS, "seen", lambda ref, hyp: float(ref))
-    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0, off_policy=None, overlong=0)
+    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0, off_policy=None, overlong=0, graph=False)
 
     def check(rewards):
         assert rewards.tolist() == [[b] * 4 for b in range(3)]
@@ -2027,11 +2072,11 @@ def test_attention_survives_large_scores():
     for far, near in ((400.0, 1.0), (1.0, 400.0), (400.0, 400.0)):
         pk, pv = torch.randn(2, 1, 2, P, 8)
         pk, attention.wk.weight.data = far * pk, near * torch.randn(16, 32) / 6
-        got, (k, v) = attention(x, rope, causal_bias(T, T, "cpu"), (pk, pv), torch.zeros(1, 1, 1, P))
+        got, (k, v) = attention(x, rope, causal_bias(torch.arange(T), T), (pk, pv), torch.zeros(1, 1, 1, P))
         keys, values = (torch.cat([shared.expand(2, -1, -1, -1), own], 2).repeat_interleave(2, 1) for shared, own in ((pk, k), (pv, v)))
         score = attention.wq(x).view(2, T, 4, 8).transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(8)
         assert score.max() > 100                                               # e^100 is more than fp32 holds
-        mixed = (score + causal_bias(T, P + T, "cpu")).softmax(-1) @ values
+        mixed = (score + causal_bias(torch.arange(P, P + T), P + T)).softmax(-1) @ values
         torch.testing.assert_close(got, attention.wo(mixed.transpose(1, 2).reshape(2, T, 32)), rtol=1e-3, atol=1e-4)
 
 
@@ -2172,7 +2217,7 @@ def alone(folder, monkeypatch, *flags):
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
     args = p.parse_args(["--name", "x", "--max-new", "5", "--workers", "0", "--device", "cpu", "--dev-evals", "1", "--spec-augment", "0",
-                         "--control-batches", "9", *flags])
+                         "--control-batches", "9", "--read-steps", "9", *flags])
     args.contents = None
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sft, "use_cores", lambda workers: None)
@@ -2189,7 +2234,7 @@ def rl_arguments(args, **more):
     """What grpo.py adds to them."""
     vars(args).update({**ALGOS["grpo"], **dict(reward="em", algo="grpo", steps=2, prompts=2, G=3, updates=1, lr=1e-3, grpo_muon=0.0,
                                                micro=2, rl_name="rl", rollout="sample", temperature=1.0, off_policy=None, shaping=0.0,
-                                               overlong=0, ce=0.0, max_draws=4, grpo_dev_evals=1), **more})
+                                               overlong=0, graph=False, ce=0.0, max_draws=4, grpo_dev_evals=1), **more})
     return args
 
 
@@ -2278,9 +2323,9 @@ def test_what_a_step_logs_is_about_samples(monkeypatch):
 
 def test_overlong_punishes_the_last_tokens_and_rewards_none(monkeypatch):
     """DAPO's soft punishment, of 2 of 6 tokens: nothing up to 4, then a half, then 1."""
-    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2)
+    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2, graph=False)
     n = torch.arange(1, 7)
-    monkeypatch.setattr(grpo, "generate", lambda *a: (torch.full((6, 6), 9), n, None))
+    monkeypatch.setattr(grpo, "generate", lambda *a, **kw: (torch.full((6, 6), 9), n, None))
     scores = rollout(model, *some_frames(1), as_items(["zero"]), "em", args)[2]
     assert scores.tolist() == [[0, 0, 0, 0, -0.5, -1]]
 
@@ -2469,7 +2514,7 @@ def test_init_brings_its_tokenizer_and_its_history(tmp_path):
     (folder / "config.json").write_text('{"lr": 1}')
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
-    p.set_defaults(contents=None)
+    p.set_defaults(contents=None, read_steps=9)
     args = p.parse_args(["--init", str(folder), "--name", "x", "--vocab", "38"])
     assert sft.tokenizer_of(corpus, args) == model.tokenizer_bytes
     before = sft.stage_config("speech", args)
@@ -2618,13 +2663,13 @@ def test_a_question_reaches_every_prompt(monkeypatch):
     items = [{**item, "prompt": prompt} for item, prompt in zip(as_items(TEXTS[:3]), ("call anna", "six seven", "nine"))]
     asked, embed = [item["prompt"] for item in items], model.embed_prompt
     monkeypatch.setattr(model, "embed_prompt", lambda frames, lengths, asked=None: seen.append(asked) or embed(frames, lengths, asked))
-    args = argparse.Namespace(rollout="sample", G=2, max_new=5, temperature=0.5, off_policy=None, overlong=0, beta=0.0, micro=2, updates=1,
+    args = argparse.Namespace(rollout="sample", G=2, max_new=5, temperature=0.5, off_policy=None, overlong=0, graph=False, beta=0.0, micro=2, updates=1,
                               dynamic_sampling=False, loss_norm="token", eps_low=0.2, eps_high=0.2, steps=4, shaping=0.0, algo="grpo",
                               ce=0.0, shard=False)
     stage_loss("speech", model, (frames, lengths, items), None, "cpu")
     transcribe(model, [{**item, "frames": row[:n]} for item, row, n in zip(items, frames, lengths)], max_new=3, batch=9)
     drawn, scored = [], []
-    monkeypatch.setattr(grpo, "generate", lambda *a: drawn.append(a[4:]) or generate(*a))
+    monkeypatch.setattr(grpo, "generate", lambda *a, **kw: drawn.append(a[4:]) or generate(*a, **kw))
     tokens, n, *_ = rollout(model, frames, lengths, items, "em", args)
     score = model.token_logps
     monkeypatch.setattr(model, "token_logps", lambda tokens, prompt, at=1.0: scored.append(at) or score(tokens, prompt, at))
