@@ -558,6 +558,8 @@ def test_steps_of_one_shape_sample_the_same(monkeypatch):
             (a, n, p), (b, m, q) = rows
             assert torch.equal(a, b) and torch.equal(n, m) and torch.allclose(p, q, atol=1e-5)
             assert how or n.min() < n.max()
+            for row, k in zip(a.tolist(), n.tolist()):                         # the first <EOS> ends a row, PAD fills it
+                assert EOS not in row[:k - 1] and set(row[k:]) <= {PAD} and (k == 12 or row[k - 1] == EOS)
 
     check()
     monkeypatch.setattr(model_module, "causal_bias", lambda at, S: torch.zeros(len(at), S))  # what is not written yet takes part
@@ -715,7 +717,7 @@ def test_operations_and_memory_are_counted_right():
 
 def test_bench_divides_what_it_measured(monkeypatch, capsys):
     """--bench's shares of the limit and ratios, from given seconds; and its own engine, which has to run."""
-    took = {"earshot": dict(rollout=1.0, prefill=0.2, learn=2.0, beam=0.5, peak=1e9, rate=1e7, copy=1e9),
+    took = {"earshot": dict(rollout=1.0, prefill=0.2, learn=2.0, beam=0.5, peak=1e9, rate=1e7, copy=1e7),
             "transformers": dict(sample=4.0, beam=1.5), "trl": dict(step=12.0, peak=5e9)}
     monkeypatch.setattr("eval.run_engine", lambda engine, shape, device: took[engine])
     eval_bench(["tiny,30,2,2,4"], torch.device("cpu"))
@@ -727,7 +729,7 @@ def test_bench_divides_what_it_measured(monkeypatch, capsys):
     assert "5.0x" in lines["peak memory"] and "16 tokens/s" in lines["sampling"]
     weights = sum(p.numel() for name, p in Llama(LLAMAS["tiny"]).named_parameters() if p.dim() > 1)            # tied: once
     read = 4 * (weights + 2 * 2 * 32 * (2 * 30 + 4 * 4 / 2))
-    assert f"reads {read / 1e9:.3f} GB" in lines["a new token re"]
+    assert f"reads {read / 1e9:.3f} GB" in lines["a new token re"] and f" at {100 * 4 * read / 0.8 / 1e7:.0f}% of" in lines["a new token re"]
     monkeypatch.setattr("eval.limits", lambda device: (1.0, 1.0))
     assert min(bench_earshot("tiny,30,2,2,4", torch.device("cpu")).values()) > 0
 
@@ -1599,6 +1601,7 @@ def test_main_job_in_miniature(tmp_path):
                       ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
+                      ("--graph", ["grpo.py", *SMALL, "--graph", "--shard", "--dry-run", "--muon", "0", "--grpo-muon", "0"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
@@ -1635,7 +1638,8 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     foreign.write_text("".join(json.dumps({"audio_filepath": f"mine/{x['audio_filepath']}", "text": x["text"]}) + "\n" for x in lines))
     ckpt = "--ckpt", "runs/mine-0/grpo-wer"
     assert "test: 12 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", str(foreign))
-    assert "test: 2 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", mine)  # the rest has been trained on
+    out = command(tmp_path, "eval.py", *ckpt, "--data", mine)
+    assert "test: 2 utterances" in out and "train: " not in out  # which it has been trained on
     with open(f"{mine}/manifest.jsonl", "a") as f:
         f.write(json.dumps({**lines[0], "text": "six"}) + "\n")
     assert f"other contents of {mine}" in command(tmp_path, "grpo.py", "--data", mine, *SMALL, code=2)
@@ -2208,8 +2212,12 @@ def test_views_0_reaches_the_corpus(tmp_path):
         corpus = sft.finish_arguments(args)
         torch.set_num_threads(1)
         assert isinstance(corpus.train_batch("speech", 0, 1)[0]["audio"], kind)
+        assert args.read_steps == 600
         plans.append(sft.stage_config("encoder", args))
     assert plans[0] != plans[1]                                                # lest one goes on with the other's stages
+    with pytest.raises(SystemExit):  # this corpus has no questions; but the default is known by then
+        sft.finish_arguments(args := p.parse_args(["--data", folder, "--task", "sqa"]))
+    assert args.read_steps == 1200
 
 
 def alone(folder, monkeypatch, *flags):
