@@ -192,18 +192,22 @@ def pose(item, task, lang="de"):
     return item if target and (prompt or task == "asr") else None
 
 
-# What a sentence can be asked about, and how one may answer: free-form as in LibriSQA, in one of three ways.
+# What a sentence can be asked about: where it is said, with a slot for a word; the question; three wordings of the answer.
 FACTS = [("NAME", "who is named", "the one who is named is {};{} is named;it is {} who is named"),
-         ("ROOM", "which room is meant", "the room is the {};the {} is meant;it is the {}"),
+         ("in the ROOM", "which room is meant", "the room is the {};the {} is meant;it is the {}"),
          ("NUMBER", "which number is said", "the number is {};{} is said;it is the number {}"),
          ("DAY", "which day is meant", "it is meant for {};{} is meant;the day is {}"),
-         ("OPENING", "what is opened or closed", "it is the {};the {} is opened or closed;what is opened or closed is the {}"),
+         ("open the OPENING", "what is opened", "it is the {};the {} is opened;what is opened is the {}"),
+         ("close the OPENING", "what is closed", "it is the {};the {} is closed;what is closed is the {}"),
          ("COLOUR", "which colour is named", "the colour is {};{} is named;it is {}")]
+FACTS = [(re.compile(rf"\b{re.sub('[A-Z]+', lambda slot: '(' + '|'.join(SLOTS[slot[0]]) + ')', said)}\b"), *rest) for said, *rest in FACTS]
 
 
 def questions(text):
-    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least. Which way of
-    answering it is follows from sentence and question, for nobody to guess."""
+    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least.
+
+    Answers are free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which.
+    """
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
     count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
@@ -211,8 +215,8 @@ def questions(text):
               f"the {place} of the {kind} is {{}};{{}} is the {place} of the {kind};the {place} one is {{}}", words[i])
              for place, i in (("first", 0), ("last", -1))]
     pairs.append((f"how many {kind} are there", f"there are {{}} {kind};{{}} {kind} are there;it has {{}} {kind}", count))
-    for slot, question, answers in FACTS:
-        found = [word for word in words if word in SLOTS[slot]]
+    for said, question, answers in FACTS:
+        found = said.findall(text)
         if kind == "words" and len(found) == 1:
             pairs.append((question, answers, found[0]))
     return [(question, answers.split(";")[zlib.crc32(f"{text} {question}".encode()) % 3].format(word)) for question, answers, word in pairs]

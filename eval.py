@@ -48,7 +48,10 @@ def pick_device(name=None):
         data.die(f"--device {name}: give cpu, cuda or cuda:N")
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {name}: torch sees no GPU here; leave the flag out, or give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index is not None:
+        torch.cuda.set_device(device)  # what asks for no device by name, a CUDA graph and the bench's clock, means this one
+    return device
 
 
 def autocast(device):
@@ -409,29 +412,30 @@ def agreement(hyps):
     return 100 * float(np.mean([sentence_bleu(a, b) for group in groups for a, b in itertools.permutations(group, 2)]))
 
 
-def kept_transcripts(folder, name, n, ears, device):
+def kept_transcripts(folder, name, args, ears):
     """References and transcripts of a stage on a set, NAME of the run's own data, NAME@PATH or NAME@embedded: those that are there
-    already, or made and left there now.
+    already, or made and left there now; greedy, or with --temperature one sample each.
 
     ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
     """
     name, _, path = name.partition("@")
     config = read_json(os.path.join(folder, "config.json"))
     source = None if path == "embedded" else os.path.abspath(path) if path else config["data"]
-    stem = f"{name}-{data.name_of(source)}" if path else name
+    stem = (f"{name}-{data.name_of(source)}" if path else name) + f"-T{args.temperature}-p{args.top_p}" * (args.temperature > 0)
     if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
         found = read_json(file)
-        if found["data"] == source and (source or len(found["refs"]) == n):
+        if found["data"] == source and (source or len(found["refs"]) == args.test_size):
             return found["refs"], found["hyps"]
-    model = load_model(folder, device)
+    model = load_model(folder, pick_device(args.device))
     key = os.path.dirname(folder), name, source
     if key not in ears:
-        corpus = data.open_corpus(source, config["seed"], n, config["task"], config["lang"])
+        corpus = data.open_corpus(source, config["seed"], args.test_size, config["task"], config["lang"])
         ears[key] = hear_set(model, corpus, name)
     refs = [item["target"] for item in ears[key]]
     if "max_new" not in config:  # of the stage read, which never wrote a transcript
         config = read_json(os.path.join(os.path.dirname(folder), "speech", "config.json"))
-    hyps = transcribe(model, ears[key], max_new=config["max_new"])
+    torch.manual_seed(0)  # of the samples, if any
+    hyps = transcribe(model, ears[key], max_new=config["max_new"], temperature=args.temperature, top_p=args.top_p)
     keep_transcripts(folder, stem, source, refs, hyps)
     return refs, hyps
 
@@ -475,8 +479,9 @@ def print_paper_table(args):
             done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    print(f"{table['title']}; here the mean of seeds {', '.join(seeds)}. Changes are of the means, with the 95% interval of a paired\n"
-          "bootstrap over utterances: what another seed of training would change is not in it")
+    how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the means, with the\n"
+          "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears, names = {}, columns(table["task"])
     for at, (name, of) in enumerate(table["sets"].items()):
         if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
@@ -492,7 +497,7 @@ def print_paper_table(args):
             for s in seeds:
                 path = os.path.join("runs", folder.format(s=s))
                 if finished(path):
-                    refs, hyps = kept_transcripts(path, name, args.test_size, ears, pick_device(args.device))
+                    refs, hyps = kept_transcripts(path, name, args, ears)
                     entry = summary(table["task"], refs, hyps)
                     figures.append([entry[c.lower()] for c in names] + [agreement(hyps) for _ in extra])
                     recorded = "embedded" not in name if "@" in name else args.data  # every seed has the same utterances there
@@ -517,7 +522,7 @@ SHAPES = {"A": ("29m", 200, 4, 8, 40), "B": ("29m", 750, 4, 8, 40), "C": ("tiny"
 
 def forward_flops(c, B, P, N, T):
     """Operations (a multiplication and an addition are two) of the matrix products that nobody can leave out: B prompts of P
-    positions, whose last layer makes keys and values alone, and N responses of T tokens after them; attention only backwards."""
+    positions, whose last layer makes keys and values alone, and N responses of T tokens after them; attention to the past alone."""
     kv = 2 * c.d * c.n_kv_heads * (c.d // c.n_heads)
     layer = 2 * c.d * c.d + kv + 3 * c.d * c.ffn
     prompt = 2 * B * P * ((c.n_layers - 1) * layer + kv) + 2 * B * P * (P + 1) * c.d * (c.n_layers - 1)
@@ -554,7 +559,7 @@ def limits(device):
     route if that is quicker, and bytes a second of a copy (read and written)."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, layer = torch.randn(n, n, device=device, dtype=kind), torch.nn.Linear(n, n, bias=False, device=device, dtype=kind)
-    source, target = torch.ones(2, 2**26, device=device)  # written to: a page that never was costs more than a copy
+    source, target = torch.ones(2, 2**26, device=device)  # both written to: the first touch of a page costs more than a copy
     with torch.no_grad():
         product = min(clock(lambda: a @ layer.weight, device), clock(lambda: linear(a, layer), device))
     return 2 * n**3 / product, 2 * source.nbytes / clock(lambda: target.copy_(source), device)
@@ -578,10 +583,12 @@ def bench_earshot(shape, device):
     opt = torch.optim.AdamW(parameters, lr=1e-6)
     micro = 4 if device.type == "cuda" else B                                  # utterances in one backward pass
 
+    @torch.no_grad()
     def prefill():
-        return model.prefill(*model.embed_prompt(frames, lengths))
+        with autocast(device):
+            return model.prefill(*model.embed_prompt(frames, lengths))
 
-    def rollout(search=False, graph=device.type == "cuda"):
+    def rollout(search=False, graph=False):
         with autocast(device), torch.no_grad():
             return beam_search(model, prefill(), G, new) if search else generate(model, prefill(), G, new, graph=graph)
 
@@ -597,13 +604,12 @@ def bench_earshot(shape, device):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    with autocast(device), torch.no_grad():
-        out = {"prefill": clock(prefill, device)}
-    out |= {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest is later
+    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest is later
     rate, copy = limits(device)
+    out |= {"prefill": clock(prefill, device), "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
     if device.type == "cuda":
-        out["launches"] = clock(lambda: rollout(graph=False), device)
-    return {**out, "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
+        out["graph"] = clock(lambda: rollout(graph=True), device)
+    return out
 
 
 def peak_memory(device):
@@ -709,7 +715,7 @@ def bench(shapes, device):
     """Prints the speed of sampling, of beam search and of a GRPO step, as shares of what the machine can multiply and, where they are
     installed, beside transformers and TRL at the same work."""
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; a multiplication and an addition are two "
-          "operations.\nCounted are the products that no program can leave out: the prompt once for G samples, attention backwards only.")
+          "operations.\nCounted are the products that no program can leave out: the prompt once for G samples, attention to the past.")
     for shape in shapes:
         name, P, B, G, new = shape_of(shape)
         N = B * G
@@ -728,10 +734,11 @@ def bench(shapes, device):
             print(f"  {what:<14}{mine:8.2f} s{100 * operations / mine / ours['rate']:15.0f}%{beside(mine, peer, 's ')}{tokens}")
         print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl.get('peak', 0) / 1e9, 'GB')}")
         c, size = LLAMAS[name], 2 if device.type == "cuda" else 4
+        weights = forward_flops(c, 0, 0, 1, 1) / 2                             # one token alone: two operations a weight
         kv = 2 * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * new / 2)
-        read, decoding = size * (forward_flops(c, 0, 0, 1, 1) / 2 + kv), ours["rollout"] - ours["prefill"]  # each weight takes part once
-        print(f"  a new token reads {read / 1e9:.3f} GB, weights, keys and values, at {100 * new * read / decoding / ours['copy']:.0f}% of the "
-              "speed of copying" + (f"; without --graph sampling takes {ours['launches']:.2f} s" if "launches" in ours else ""))
+        read, speed = size * (weights + kv), new / (ours["rollout"] - ours["prefill"])
+        print(f"  a step of sampling reads {read / 1e9:.3f} GB, weights, keys and values: {100 * read * speed / ours['copy']:.0f}% of the "
+              "speed of copying" + (f"; with --graph sampling takes {ours['graph']:.2f} s" if "graph" in ours else ""))
         for reward, speeds in pairs_a_second(N).items():
             print(f"  {'reward ' + reward:<14}{speeds[0]:8.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
                   + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))
@@ -757,7 +764,7 @@ def main():
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
-    p.add_argument("--temperature", type=float, default=0.0, help="above 0: one sample each (2509.16990: 0.9, with --top-p 0.9)")
+    p.add_argument("--temperature", type=float, default=0.0, help="above 0: one sample each (2509.16990: 0.9, and --top-p 0.9); tables too")
     p.add_argument("--top-p", type=float, default=1.0, help="with --temperature: from the likeliest tokens that make up this share")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: the run's, or 64")
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
@@ -771,14 +778,14 @@ def main():
             return bench(shapes, pick_device(args.device))
         engine = {"earshot": bench_earshot, "transformers": bench_transformers, "trl": bench_trl}[args.engine]
         return print(json.dumps(engine(args.bench, pick_device(args.device))))
-    if args.table:
-        return print_paper_table(args)
-    if not args.ckpt:
-        p.error("give --ckpt, the folder of a run, or --table")
     for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
         value = getattr(args, key)
         if value is not None and not least <= value < 2**32:
             data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
+    if args.table:
+        return print_paper_table(args)
+    if not args.ckpt:
+        p.error("give --ckpt, the folder of a run, or --table")
     model = load_model(args.ckpt, pick_device(args.device))
     config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
     of_run = read_json(config) if os.path.exists(config) else {}

@@ -20,12 +20,13 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     token         1 / (sum_i len_i)         DAPO (2503.14476): every token weighs the same
     constant      1 / (G L), L = --max-new  Dr. GRPO: no length bias
 
-    --off-policy  the group's last member is not a sample (MP-GRPO, 2509.16990, after LUFFY, 2504.14945)
+    --off-policy  the group's last member is not a sample (mixed policy, MP-GRPO, 2509.16990, after LUFFY, 2504.14945)
     reference     G - 1 samples and the reference, for which pi_old := 1 and nothing is clipped: r = pi_theta, or with
                   --shaping g r = pi_theta / (pi_theta + g), lest tokens that are unlikely learn next to nothing
     duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled
 
-    --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers y to the same speech x, as RBA has it (2509.03526):
+    --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers y to the same speech x, as Reinforced Behavior Alignment
+                  has it (RBA, 2509.03526):
                   loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
     rba_group     one sample for each of 4 voices that say the same; y_w is the best by --reward, against the teacher's answer, y_l the
                   worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
@@ -60,12 +61,13 @@ from rewards import REWARDS, normalize, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; without the KL its runs do not diverge, and save the reference's forward pass.
 # Dynamic sampling is DAPO's own (2503.14476); what 2509.01939 calls DAPO goes without, --no-dynamic-sampling.
-GRPO = dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False)
+GRPO = dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False,
+            dev_sampled=False)
 ALGOS = {
     "grpo": GRPO,
     "dapo": GRPO | dict(eps_high=0.28, loss_norm="token", dynamic_sampling=True),
     "dr_grpo": GRPO | dict(loss_norm="constant", std=False),
-    "ibm": GRPO | dict(beta=0.02, loss_norm="token"),  # 2509.16990; its G is 8
+    "ibm": GRPO | dict(beta=0.02, loss_norm="token", dev_sampled=True),  # 2509.16990; its G is 8
     # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
     **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(beta=0.1, std=False)),
 }
@@ -185,8 +187,8 @@ def rollout(model, frames, lengths, items, reward, args):
     if args.off_policy:
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
     hyps = model.decode(tokens, n)
-    refs, reward = [normalize(text) for text in texts for _ in range(args.G)], functools.cache(parse_reward(reward))  # many are equal
-    scores = torch.tensor([reward(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
+    refs, score = [normalize(text) for text in texts for _ in range(args.G)], functools.cache(parse_reward(reward))  # many are equal
+    scores = torch.tensor([score(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
     if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
         scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
     return tokens, n, scores.view(-1, args.G), hyps
@@ -232,13 +234,14 @@ def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}, or a sum: wer+0.5*em")
-    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the six switches that follow")
+    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the seven switches that follow")
     p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
     p.add_argument("--eps-low", type=float, help="the clip's lower half-width")
     p.add_argument("--eps-high", type=float, help="the clip's upper half-width")
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
+    p.add_argument("--dev-sampled", action=argparse.BooleanOptionalAction, help="judge on dev by samples, temperature 0.9, top_p 0.9")
     p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
@@ -340,7 +343,7 @@ def train(args, corpus):
     again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST * sft.world(), different)
     keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
-    score = lambda: sft.dev_score("grpo", model, dev, corpus, device, args.max_new)
+    score = lambda: sft.dev_score("grpo", model, dev, corpus, device, args.max_new, args.dev_sampled)
     shown = {"reward": "reward", "flat": "zero_variance", "H": "entropy", **({} if reference is None else {"kl": "kl"})}
     for row in sft.training(args.algo, folder, row, args.steps, model, opts, device, args.seed * 10 + 5, args.grpo_dev_evals, score, shown):
         with sft.gathered(model):

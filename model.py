@@ -11,8 +11,8 @@ log-probabilities of a rollout are those of training, to rounding.
 
 The decoder is Llama 3's (2407.21783): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions, S positions so
-far, D model width, H query heads, K key-value heads, R = H / K, hd width of a head, V tokens.
+Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions, S response
+positions that are read, D model width, H query heads, K key-value heads, R = H / K, hd width of a head, V tokens.
 """
 import io
 import math
@@ -85,17 +85,18 @@ class RMSNorm(nn.Module):
 
 
 def linear(x, layer):
-    """x (.., D) through an nn.Linear without a bias -> (.., O), as fast as this processor can.
+    """x (.., D) @ layer.weight.T -> (.., O) for a layer without a bias, by the route that is quickest on a CPU.
 
-    On a CPU nn.Linear goes to MKL, which knows AMD's processors badly: there oneDNN, as a convolution of kernel 1 over the rows, takes
-    half as long for many rows, and for few the transposed product three quarters. Small matrices gain nothing.
+    F.linear multiplies with MKL, which is slow on AMD's processors. Measured on an EPYC with matrices of 2**17 weights and more: a
+    convolution of kernel 1 over the rows, which is oneDNN's, takes half of its time from 128 rows on; for fewer the transposed product
+    takes three quarters of it.
     """
     rows, weight = x.numel() // x.shape[-1], layer.weight
     if x.device.type != "cpu" or weight.numel() < 2**17 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     if rows < 128:
         return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
-    y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), weight[:, :, None, None])  # (1, O, rows, 1), its memory (rows, O)
+    y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), weight[:, :, None, None])  # (1, O, rows, 1), in memory (rows, O)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -125,20 +126,21 @@ class Attention(nn.Module):
         """x (N, T, D); bias (T, S), without a shared prompt also (N, 1, T, S), is added to the scores: 0 or -inf.
 
         shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
-        cache: preallocated keys and values (2, N, K, longest, hd), where these go to the positions at (T,), and S are read.
+        cache: preallocated keys and values (2, N, K, longest, hd): these are written to its positions `at` (T,), and its first S are
+        read; no gradient goes through it.
         Returns (N, T, D) and this call's own keys and values.
         """
         N, T, _ = x.shape
         q = rotate(linear(x, self.wq).view(N, T, self.H, self.hd), *rope)
         k, v = own = self.keys_values(x, rope)
         if cache is not None:
-            k, v = (c.index_copy_(2, at, y)[:, :, :bias.shape[-1]] for c, y in zip(cache, own))      # (N, K, S, hd)
+            k, v = (kept.index_copy_(2, at, new)[:, :, :bias.shape[-1]] for kept, new in zip(cache, own))     # (N, K, S, hd)
         if shared is None:
             k, v = (y.repeat_interleave(self.H // self.K, 1) for y in (k, v))  # enable_gqa and a mask are not fused on a GPU
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype))    # (N, H, T, hd)
             return linear(mixed.transpose(1, 2).reshape(N, T, -1), self.wo), own
-        # The G rows of an utterance ask the same prompt, so their queries are stacked: `together` makes (B, K, G R T, x) of
-        # (N, K, R T, x), `apart` undoes it. So the prompt is neither copied nor read G times. One softmax over prompt (far) and
+        # The G rows of an utterance ask the same prompt, so their queries are stacked: `together` makes (B, K, G R T, any) of
+        # (N, K, R T, any), `apart` undoes it. So the prompt is neither copied nor read G times. One softmax over prompt (far) and
         # response (near) is exp(score - top) / total, with a top and a total over both; top cancels, and needs no gradient.
         (pk, pv), R = shared, self.H // self.K
         B, RT = len(pk), R * T
@@ -220,7 +222,7 @@ class Llama(nn.Module):
 
 
 def causal_bias(at, S):
-    """(T, S): the positions at (T,), of S, see themselves and what came before. -inf elsewhere."""
+    """(T, S): row i, the position at[i], is 0 up to column at[i], itself, and -inf after it."""
     seen = torch.arange(S, device=at.device) <= at[:, None]
     return torch.zeros(seen.shape, device=at.device).masked_fill(~seen, -math.inf)
 
@@ -288,15 +290,16 @@ class SpeechLM(nn.Module):
     def extend(self, tokens, prompt=None, caches=None, start=0):
         """Hidden states (N, T, D) of response tokens (N, T), row n after prompt n // G; without a prompt, of plain text.
 
-        With caches, these are positions start .. start + T of responses whose earlier part is in there. start: a number, or a tensor,
-        for a CUDA graph, whose shapes stay the same: then all of the caches is read, what is not written yet with a bias of -inf.
+        With caches, these are positions start .. start + T of responses whose earlier part is in there. Where start is a tensor, all of
+        a cache is read, and what is not written yet is masked: so every step has the same shapes, which a CUDA graph wants.
         """
         N, T = tokens.shape
         at = start + torch.arange(T, device=tokens.device)                     # (T,)
         positions = at.expand(N, T)
         if prompt is not None:
             positions = positions + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]
-        bias = causal_bias(at, caches[0].shape[3] if torch.is_tensor(start) else start + T)
+        longest = None if caches is None else caches[0].shape[3]
+        bias = causal_bias(at, longest if torch.is_tensor(start) else start + T)
         return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, at)[0]  # residuals are fp32, under FSDP too
 
     def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):
@@ -368,8 +371,10 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     Returns tokens (N, T) = x_1 .. <EOS> <PAD>.. with N = B * G and T <= max_new, lengths (N,) that count <EOS>, and
     the tokens' log-probabilities (N, T) under the distribution they were drawn from (0 on padding; greedy: under the
     model's). A row without <EOS> has been truncated. The penalty (CTRL, 1909.05858) is on the response's own tokens.
-    graph: on a GPU one launch a token in place of a thousand, by a CUDA graph; it needs steps that are all alike, without the penalty.
+    graph: on a GPU a CUDA graph, captured anew in each call, launches a whole step at once; steps have to be alike, so without the
+    penalty. On a CPU the same steps run one by one.
     """
+    assert not graph or repetition_penalty == 1
     N, device = len(prompt.length) * G, prompt.length.device
     caches = model.new_caches(N, max_new, prompt.kv[0][0])
     tokens = torch.full((N, max_new), PAD, device=device)
@@ -377,7 +382,7 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     token = torch.full((N, 1), BOS, device=device)
     done = torch.zeros(N, dtype=torch.bool, device=device)
     lengths = torch.zeros(N, dtype=torch.long, device=device)
-    at = torch.zeros(1, dtype=torch.long, device=device)  # the step's number where a graph can read it
+    at = torch.zeros(1, dtype=torch.long, device=device)  # t as the graph reads it
 
     def step(t):
         logits = model.llm.logits(model.extend(token, prompt, caches, at if graph else t))[:, -1]       # (N, V)
@@ -388,7 +393,7 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
             p, new = logits.softmax(-1), logits.argmax(-1, keepdim=True)
         else:
             p = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)      # (N, V)
-            # The token in whose stretch of the summed probabilities a number from (0, 1] falls: never one of probability 0.
+            # The token in whose stretch of the summed probabilities a number from (0, 1] falls: on a CPU never one of probability 0.
             edge = p.cumsum(-1)
             new = torch.searchsorted(edge, edge[:, -1:] * (1 - torch.rand(N, 1, device=device)))
         logps.index_copy_(1, at, p.gather(1, new).log().masked_fill(done[:, None], 0.0))
@@ -401,9 +406,9 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     replay = step
     for t in range(max_new):
         replay(t)
-        if t == 0 and graph and device.type == "cuda":  # the first step has warmed up what the others repeat
+        if t == 0 and graph and device.type == "cuda":
             captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+            with torch.cuda.graph(captured):  # records, runs nothing; autocast's bf16 weights are there since the first step
                 step(1)
             replay = lambda t: captured.replay()
         if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then

@@ -61,6 +61,7 @@ TEACHER = dict(d=128, n_layers=3, n_heads=4, n_kv_heads=2, ffn=384)  # the shape
 MAY_BE_ZERO = {"seed", "workers", "teacher_steps", "text_steps", "read_steps", "control_steps", "spec_augment", "views", "muon",
                "grpo_muon", "beta", "eps_low", "eps_high", "shaping", "overlong", "ce"}
 MEASURED = 512  # utterances, of which read's mean frames are made
+SAMPLED = dict(temperature=0.9, top_p=0.9)  # how 2509.16990 evaluates
 SAVE_SECONDS = 20  # from one checkpoint to the next, and as many times what saving took: so it costs under 5%
 
 
@@ -80,7 +81,7 @@ def add_arguments(p):
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory for a third more time")
     p.add_argument("--dry-run", type=int, nargs="?", const=1, metavar="GPUS", help="print what a step takes, and train nothing")
     p.add_argument("--max-new", type=int, help="tokens at which a transcript is cut off; default: twice the longest of training")
-    p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and control")
+    p.add_argument("--batch", type=int, default=24, help="utterances a step, of encoder, speech and, without RL, control")
     p.add_argument("--teacher-steps", type=int, default=0, help="above 0: a teacher invents all that is said and answered (RBA)")
     p.add_argument("--dialogues", type=int, default=12000, help="how many it invents")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
@@ -239,7 +240,7 @@ def finish_arguments(args):
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if args.shard and getattr(args, "graph", False):
-        data.die("--graph: a graph cannot wait for other processes' weights; leave out --shard or --graph")
+        data.die("--graph: has not been tried on a model in parts; leave out --shard or --graph")
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
@@ -536,7 +537,7 @@ def tokenizer_of(corpus, args):
         return load_model(args.init).tokenizer_bytes
     try:
         texts = [item["prompt"] for item in corpus.items_of("train") if item["prompt"]]
-        if args.teacher_steps:  # the teacher writes what is said, too
+        if args.teacher_steps or args.task == "sqa":  # the teacher writes what is said, too, and so does the stage read
             texts += [normalize(item["text"]) for item in corpus.items_of("train")]
         return train_tokenizer(training_targets(corpus) + texts, args.vocab)
     except RuntimeError as e:
@@ -692,8 +693,8 @@ def stage_loss(stage, model, batch, corpus, device):
 
 
 @torch.no_grad()
-def dev_score(stage, model, dev, corpus, device, max_new):
-    """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, WER or 100 - BLEU (greedy)."""
+def dev_score(stage, model, dev, corpus, device, max_new, sampled=False):
+    """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, WER or 100 - BLEU (greedy, or sampled)."""
     model.eval()
     if stage in ("text", "read"):
         with torch.random.fork_rng():  # the same slips of spelling every time, and none of training's numbers used up
@@ -703,7 +704,10 @@ def dev_score(stage, model, dev, corpus, device, max_new):
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
         return word_error_rate([" ".join(corpus.spell(normalize(item["text"]))) for _, _, items in dev for item in items], hyps)
-    return shortfall(corpus.task, [item["target"] for item in dev], transcribe(model, dev, max_new=max_new))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hyps = transcribe(model, dev, max_new=max_new, **SAMPLED if sampled else {})
+    return shortfall(corpus.task, [item["target"] for item in dev], hyps)
 
 
 def dev_set(stage, model, corpus, args):

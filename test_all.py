@@ -729,7 +729,7 @@ def test_bench_divides_what_it_measured(monkeypatch, capsys):
     assert "5.0x" in lines["peak memory"] and "16 tokens/s" in lines["sampling"]
     weights = sum(p.numel() for name, p in Llama(LLAMAS["tiny"]).named_parameters() if p.dim() > 1)            # tied: once
     read = 4 * (weights + 2 * 2 * 32 * (2 * 30 + 4 * 4 / 2))
-    assert f"reads {read / 1e9:.3f} GB" in lines["a new token re"] and f" at {100 * 4 * read / 0.8 / 1e7:.0f}% of" in lines["a new token re"]
+    assert f"reads {read / 1e9:.3f} GB" in lines["a step of samp"] and f": {100 * 4 * read / 0.8 / 1e7:.0f}% of" in lines["a step of samp"]
     monkeypatch.setattr("eval.limits", lambda device: (1.0, 1.0))
     assert min(bench_earshot("tiny,30,2,2,4", torch.device("cpu")).values()) > 0
 
@@ -2262,6 +2262,23 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
         assert saves == expected
 
 
+def test_dev_is_judged_by_samples_where_asked(tmp_path, monkeypatch):
+    """As 2509.16990 evaluates, --algo ibm's default: the same samples each time, and none of training's random numbers used up."""
+    assert [name for name, switches in ALGOS.items() if switches["dev_sampled"]] == ["ibm"]
+    model, drawn = tiny_model(), []
+    monkeypatch.setattr(sft, "transcribe", lambda model, dev, **how: drawn.append((how, torch.rand(1).item())) or ["x"] * len(dev))
+    state = torch.get_rng_state()
+    for sampled in (False, True, True):
+        assert sft.dev_score("grpo", model, as_items(["call anna"]), data.Embedded(0, 3), "cpu", 5, sampled) == 100
+    assert torch.equal(state, torch.get_rng_state()) and drawn[1] == drawn[2] and drawn[0][0] == dict(max_new=5)
+    assert drawn[1][0] == dict(max_new=5, temperature=0.9, top_p=0.9)
+    args, corpus = alone(tmp_path, monkeypatch)
+    seen = []
+    monkeypatch.setattr(sft, "dev_score", lambda *a: seen.append(a[-1]) or 1.0)
+    grpo.train(rl_arguments(args, dev_sampled=True), corpus)
+    assert seen == [True]
+
+
 def test_of_equals_on_dev_the_later_is_kept(tmp_path):
     """look_at_dev: a score as good as the best so far makes a new best.pt, a worse one does not."""
     model = tiny_model()
@@ -2331,7 +2348,8 @@ def test_what_a_step_logs_is_about_samples(monkeypatch):
 
 def test_overlong_punishes_the_last_tokens_and_rewards_none(monkeypatch):
     """DAPO's soft punishment, of 2 of 6 tokens: nothing up to 4, then a half, then 1."""
-    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2, graph=False)
+    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2,
+                                                    graph=False)
     n = torch.arange(1, 7)
     monkeypatch.setattr(grpo, "generate", lambda *a, **kw: (torch.full((6, 6), 9), n, None))
     scores = rollout(model, *some_frames(1), as_items(["zero"]), "em", args)[2]
@@ -2577,8 +2595,12 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     monkeypatch.setattr(data, "open_corpus", lambda path, seed, size, task, lang: argparse.Namespace(where=path, seed=seed, size=size))
     monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
     monkeypatch.setattr(eval_module, "hear_set", hear_set)
-    monkeypatch.setattr(eval_module, "transcribe", lambda model, items, max_new: ["x"] * len(items))
-    kept = lambda folder, name, n=2: eval_module.kept_transcripts(str(folder), name, n, ears, "cpu")[0]
+    monkeypatch.setattr(eval_module, "transcribe", lambda _, items, max_new, **how: ["{temperature} {top_p}".format(**how)] * len(items))
+
+    def kept(folder, name, n=2, part=0, **how):
+        args = argparse.Namespace(**{**dict(test_size=n, device="cpu", temperature=0.0, top_p=1.0), **how})
+        return eval_module.kept_transcripts(str(folder), name, args, ears)[part]
+
     for folder in (*folders, *folders):
         assert kept(folder, "clean") == [f"None {folder.parent.name[-1]}"] * 2
     assert heard == [(None, 3, "clean"), (None, 4, "clean")]
@@ -2589,6 +2611,8 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     assert heard[3:] == [("/x/corpus", 3, "test"), ("/y/corpus", 3, "test")]
     assert {path.name for path in folders[0].iterdir()} == {"config.json", "clean.hyps.json", "test-corpus.hyps.json"}
     kept(folders[0], "clean@embedded", 5)
+    sampled = dict(temperature=0.9, top_p=0.8)                                 # beside the greedy ones
+    assert [kept(folders[0], "clean", 5, 1, **how)[0] for how in ({}, sampled, {}, sampled)] == ["0.0 1.0", "0.9 0.8"] * 2
     monkeypatch.chdir(tmp_path)
     eval_module.keep_transcripts("a-3/speech", "test", "c", ["here"], ["x"])      # by a relative path
     (folders[0] / "config.json").write_text(json.dumps({"data": str(tmp_path / "c"), "seed": 3, "task": "asr", "lang": "de", "max_new": 9}))
@@ -2632,7 +2656,7 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_module, "finished", lambda folder: True)
     monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
     monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
-    args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu")
+    args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0)
     for args.table, args.data, expected in (("2", path, [("test", 8, 0), ("far", 8, 0)]),
                                             ("4", path, [(f"{x}@{path}", 8, 0) for x in ("test", "far")]
                                              + [(f"{x}@embedded", 8, s) for x in ("clean", "hard") for s in (0, 1)]),
@@ -2671,7 +2695,8 @@ def test_a_question_reaches_every_prompt(monkeypatch):
     items = [{**item, "prompt": prompt} for item, prompt in zip(as_items(TEXTS[:3]), ("call anna", "six seven", "nine"))]
     asked, embed = [item["prompt"] for item in items], model.embed_prompt
     monkeypatch.setattr(model, "embed_prompt", lambda frames, lengths, asked=None: seen.append(asked) or embed(frames, lengths, asked))
-    args = argparse.Namespace(rollout="sample", G=2, max_new=5, temperature=0.5, off_policy=None, overlong=0, graph=False, beta=0.0, micro=2, updates=1,
+    args = argparse.Namespace(rollout="sample", G=2, max_new=5, temperature=0.5, off_policy=None, overlong=0, graph=False, beta=0.0,
+                              micro=2, updates=1,
                               dynamic_sampling=False, loss_norm="token", eps_low=0.2, eps_high=0.2, steps=4, shaping=0.0, algo="grpo",
                               ce=0.0, shard=False)
     stage_loss("speech", model, (frames, lengths, items), None, "cpu")
