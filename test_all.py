@@ -1944,6 +1944,12 @@ def test_german_translations_and_answers():
         assert not set(data.german(text).split()) & {*data.SLOTS, "the", "in the"}, text
     assert ("which room is meant", "it is the kitchen") in data.questions("turn off the lamp in the kitchen")
     assert ("how many digits are there", "there are three digits") in data.questions("one two nine")
+    for text, asked in (("open the garage for anna", ["who is named", "what is opened"]),
+                        ("turn on the lamp in the garage", ["which room is meant"]),
+                        ("close the door in the office", ["which room is meant", "what is closed"]), ("door up lamp", [])):
+        assert [question for question, _ in data.questions(text)][3:] == asked
+    wordings = {data.questions(f"call {name}")[3][1].replace(name, "X") for name in data.GROUPS["names"]}
+    assert wordings == {"the one who is named is X", "X is named", "it is X who is named"}
     for i in range(20):
         item = data.utterance("train", i, task="ast")
         assert item["target"] == data.german(item["text"]) and data.split_of(item["text"]) == "train"
