@@ -578,10 +578,12 @@ def bench_earshot(shape, device):
     """Seconds of the parts of one GRPO step, of sampling and beam search, and the peak memory of a step."""
     model, *data_ = bench_model(shape)
     model, (frames, lengths, tokens) = model.to(device), [x.to(device) for x in data_]
-    _, P, B, G, new = shape_of(shape)
+    name, P, B, G, new = shape_of(shape)
     parameters = [p for part in (model.projection, model.llm) for p in part.parameters()]
     opt = torch.optim.AdamW(parameters, lr=1e-6)
-    micro = 4 if device.type == "cuda" else B                                  # utterances in one backward pass
+    # Utterances in one backward pass, grpo.py's --micro. On a CPU the scores of responses against prompts are kept to 16 MB: each
+    # tensor over 32 MB gets new pages from the system, and with scores that large learning took half as long again.
+    micro = 4 if device.type == "cuda" else max(1, min(B, 2**22 // (LLAMAS[name].n_heads * G * new * P)))
 
     @torch.no_grad()
     def prefill():

@@ -148,7 +148,7 @@ class Attention(nn.Module):
         apart = lambda x: x.view(B, self.K, N // B, RT, -1).transpose(1, 2).reshape(N, self.K, RT, -1)
         q = (q / math.sqrt(self.hd)).view(N, T, self.K, R, self.hd).permute(0, 2, 3, 1, 4).reshape(N, self.K, RT, self.hd)
         near = ((q @ k.transpose(2, 3)).view(N, self.K, R, T, -1) + bias).flatten(2, 3)   # (N, K, R T, S)
-        far = together(q) @ pk.transpose(2, 3) + shared_bias                  # (B, K, G R T, P), the largest tensor here
+        far = (together(q) @ pk.transpose(2, 3)).add_(shared_bias)            # (B, K, G R T, P), the largest tensor here: made once
         with torch.no_grad():
             top = torch.maximum(near.amax(-1, keepdim=True), apart(far.amax(-1, keepdim=True))).float()   # (N, K, R T, 1)
         near, far = (near.float() - top).exp(), far.float().sub_(together(top)).exp_()
