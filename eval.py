@@ -407,9 +407,10 @@ def mean_change(a, b):
 
 
 def agreement(hyps):
-    """Mean sentence BLEU of the answers to the same words in two voices, over all such pairs, percent: 100 if the voice changes nothing."""
-    groups = [hyps[i:i + data.TAKES] for i in range(0, len(hyps), data.TAKES)]
-    return 100 * float(np.mean([sentence_bleu(a, b) for group in groups for a, b in itertools.permutations(group, 2)]))
+    """Sentence BLEU of the answers to the same words in two voices: a row of counts for each group of voices (sum over all such pairs, 0, 0,
+    pairs), whose `rate` over all groups is the mean in percent; 100 if the voice changes nothing."""
+    groups = [list(itertools.permutations(hyps[i:i + data.TAKES], 2)) for i in range(0, len(hyps), data.TAKES)]
+    return np.array([(sum(sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
 
 
 def kept_transcripts(folder, name, args, ears):
@@ -479,10 +480,12 @@ def print_paper_table(args):
             done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    names = columns(table["task"])
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
-    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the means, with the\n"
+    voices = " (on voices: Agree)" * ("voices" in table["sets"])
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the mean {names[0]}{voices}, with the\n"
           "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
-    ears, names = {}, columns(table["task"])
+    ears = {}
     for at, (name, of) in enumerate(table["sets"].items()):
         if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
             print(f"\n{name}: not on this machine, left out")
@@ -499,11 +502,9 @@ def print_paper_table(args):
                 if finished(path):
                     refs, hyps = kept_transcripts(path, name, args, ears)
                     entry = summary(table["task"], refs, hyps)
-                    figures.append([entry[c.lower()] for c in names] + [agreement(hyps) for _ in extra])
+                    counts = agreement(hyps) if extra else counts_of(table["task"], refs, hyps)
+                    figures.append([entry[c.lower()] for c in names] + [rate(counts.sum(0, keepdims=True))[0] for _ in extra])
                     recorded = "embedded" not in name if "@" in name else args.data  # every seed has the same utterances there
-                    counts = counts_of(table["task"], refs, hyps)
-                    if extra:  # voices that say the same are drawn together
-                        counts = np.add.reduceat(counts, range(0, len(counts), data.TAKES))
                     drawn[s] = draws(counts, 0 if recorded else int(s))
             changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
                        for base in table["bases"]]

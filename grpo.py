@@ -183,7 +183,7 @@ def rollout(model, frames, lengths, items, reward, args):
     if args.rollout == "beam":
         tokens, n, _ = beam_search(model, prompt, G, args.max_new)
     else:
-        tokens, n, _ = generate(model, prompt, G, args.max_new, args.temperature, graph=args.graph and frames.is_cuda)
+        tokens, n, _ = generate(model, prompt, G, args.max_new, args.temperature, graph=args.graph)
     if args.off_policy:
         tokens, n = with_references(tokens, n, *sft.targets_of(model, texts, frames.device), args.G, args.off_policy)
     hyps = model.decode(tokens, n)

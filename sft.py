@@ -71,6 +71,7 @@ def add_arguments(p):
     p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
     p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
     p.add_argument("--init", help="a run's stage, runs/NAME/speech: begin with its model in place of the stages before RL")
+    p.add_argument("--encoder", help="a run's stage, runs/NAME/encoder: begin with its conformer, all but what CTC spells, not at random")
     p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: the embedded audio to adapt to")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
@@ -221,6 +222,8 @@ def finish_arguments(args):
         data.die(f"--name {args.name}: the name of a folder under runs/, without {os.sep}")
     if args.init and not args.name:
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
+    if args.init and args.encoder:
+        data.die(f"--encoder {args.encoder}: --init brings an encoder of its own; leave one of the two out")
     task, taught = args.task if args.task != "asr" else "", "taught" if args.teacher_steps else ""
     args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
@@ -239,8 +242,8 @@ def finish_arguments(args):
         data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
-    if args.shard and getattr(args, "graph", False):
-        data.die("--graph: has not been tried on a model in parts; leave out --shard or --graph")
+    if getattr(args, "graph", False) and (args.shard or args.rollout == "beam" or pick_device(args.device).type == "cpu"):
+        data.die("--graph: is for samples, on a GPU, by a model in one piece; leave it out")
     if args.dialogues < 10:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
@@ -696,16 +699,14 @@ def stage_loss(stage, model, batch, corpus, device):
 def dev_score(stage, model, dev, corpus, device, max_new, sampled=False):
     """What a stage is judged by, lower is better: % of units wrong (CTC), nats a token, WER or 100 - BLEU (greedy, or sampled)."""
     model.eval()
-    if stage in ("text", "read"):
-        with torch.random.fork_rng():  # the same slips of spelling every time, and none of training's numbers used up
-            torch.manual_seed(0)
-            total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
-        return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
     if stage == "encoder":
         hyps = [hyp for mel, n, _ in dev for hyp in model.encoder.ctc_greedy(mel.to(device), n.to(device))]
         return word_error_rate([" ".join(corpus.spell(normalize(item["text"]))) for _, _, items in dev for item in items], hyps)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the same slips of spelling or samples every time, and none of training's numbers used up
         torch.manual_seed(0)
+        if stage in ("text", "read"):
+            total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
+            return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
         hyps = transcribe(model, dev, max_new=max_new, **SAMPLED if sampled else {})
     return shortfall(corpus.task, [item["target"] for item in dev], hyps)
 
@@ -743,7 +744,7 @@ def stage_config(stage, args):
             "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
             "dev_evals": args.dev_evals, "dev_size": args.dev_size,
             **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
-            **({} if args.views else {"views": 0}),
+            **({} if args.views else {"views": 0}), **({"encoder": args.encoder} if args.encoder and stage == "encoder" else {}),
             **({"models": [*map(dataclasses.asdict, (EncoderConfig(units=()), dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab)))]}
                if stage == "encoder" else {}),
             **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
@@ -783,6 +784,9 @@ def run_stage(stage, args, corpus, ahead=()):
     device = pick_device(args.device)
     home = torch.device("cpu") if args.shard else device  # where a model is whole
     model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
+    if stage == "encoder" and args.encoder:
+        found = load_model(args.encoder).encoder.state_dict()
+        model.encoder.load_state_dict({k: v for k, v in found.items() if not k.startswith(("ctc_head", "unit_frames"))}, strict=False)
     if stage == "read" and not first:
         measure_units(model, corpus, args.batch, home)
     if args.shard and stage != "encoder":

@@ -1536,7 +1536,7 @@ def command(folder, script, *argv, code=0, group=4):
             patch.setattr(sys, "argv", [script, *argv])
             patch.setattr(data, "GROUP", group)
             patch.setattr(sft, "MEASURED", 16)
-            {"grpo.py": grpo.main, "eval.py": eval_main}[script]()
+            {"grpo.py": grpo.main, "sft.py": sft.main, "eval.py": eval_main}[script]()
             ended = 0
     except SystemExit as stop:
         ended = stop.code
@@ -1601,7 +1601,7 @@ def test_main_job_in_miniature(tmp_path):
                       ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
-                      ("--graph", ["grpo.py", *SMALL, "--graph", "--shard", "--dry-run", "--muon", "0", "--grpo-muon", "0"]),
+                      ("--graph: ", ["grpo.py", *SMALL, "--graph", "--device", "cpu"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
@@ -1829,7 +1829,8 @@ def test_adaptation_and_its_table(tmp_path):
     out = command(tmp_path, "eval.py", "--table", "2", "--seeds", "0,1", "--test-size", "3")
     assert "missing: python grpo.py --algo dapo --reward em --seed 0" in out and "(1 of 2 seeds)" in out and "--reward wer --seed 1" in out
     for bad, argv in (("--init nowhere", ["--init", "nowhere", "--name", "x"]), ("--domain far", ["--domain", "far"]),
-                      ("a --name of its own", ["--init", "runs/embedded-0/speech"])):
+                      ("a --name of its own", ["--init", "runs/embedded-0/speech"]),
+                      ("--encoder x: --init brings", [*far[len(SMALL):], "--encoder", "x"])):
         out = command(tmp_path, "grpo.py", *SMALL, *argv, code=2)
         assert bad in out and out.count("\n") == 1
     corpus = data.Embedded(0, 3, domain="far")
@@ -1853,7 +1854,10 @@ def test_changes_of_means_are_paired_within_seeds():
 
     assert 0 < width(a, b) < 3 and width(a, shuffled) > 10
     assert mean_change(a, a).startswith("+0.0% [+0.0, +0.0]")
-    assert agreement(["a b c d"] * 4 + ["a b c d e"] * 4) == 100 and agreement(["a b", "c d", "e f", "g h"]) < 20
+    mean = lambda hyps: eval_module.rate(agreement(hyps).sum(0, keepdims=True))[0]
+    assert mean(["a b c d"] * 4 + ["a b c d e"] * 4) == 100 and mean(["a b", "c d", "e f", "g h"]) < 20
+    rows = agreement(["a b c d"] * 4 + ["a b c d", "e f g h"] * 2)
+    assert rows[0, 0] == rows[0, 3] == 12 and rows[1, 0] == pytest.approx(4 + 8 * rewards.sentence_bleu("a b c d", "e f g h"))
 
 
 DYING = """
@@ -2554,6 +2558,22 @@ def test_init_brings_its_tokenizer_and_its_history(tmp_path):
     assert sft.stage_config("speech", args) != before
     tiny, other, same = (sft.stage_config("speech", p.parse_args(["--name", "x", "--llm", llm])) for llm in ("tiny", "29m", "tiny"))
     assert tiny != other and tiny == same
+
+
+def test_a_conformer_is_lent_to_another_corpus(tmp_path):
+    """--encoder: at a rate of nothing the new run's conformer is the old one, but for what CTC spells, which another corpus spells
+    otherwise; without the flag it is not."""
+    flags = "--stage encoder --encoder-steps 1 --encoder-lr 1e-12 --muon 0 --batch 4 --dev-size 4 --workers 0".split()
+    command(tmp_path, "sft.py", *flags, "--seed", "1", "--name", "old")
+    lent = [*flags, "--encoder", "runs/old/encoder", "--data", write_corpus(tmp_path / "mine"), "--vocab", "90"]
+    command(tmp_path, "sft.py", *lent, "--name", "new")
+    command(tmp_path, "sft.py", *lent[:-6], *lent[-4:], "--name", "alone")
+    assert "was made with encoder None" in command(tmp_path, "sft.py", *flags, "--encoder", "runs/old/encoder", "--name", "old", code=2)
+    old, new, alone = (torch.load(tmp_path / "runs" / name / "encoder" / "best.pt", weights_only=False) for name in ("old", "new", "alone"))
+    assert old["configs"][0].units != new["configs"][0].units
+    lent = [k for k in old["model"] if k.startswith("encoder.") and "ctc_head" not in k and "unit_frames" not in k]
+    same = lambda run: all(torch.allclose(old["model"][k], run["model"][k], atol=1e-6) for k in lent)
+    assert len(lent) > 50 and same(new) and not same(alone)
 
 
 def test_a_stage_is_finished_at_its_last_step(tmp_path):
