@@ -607,7 +607,7 @@ class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes, `tests` those of a run's table; train has no end.
 
     domain: the condition of RL's and the control's audio, "hard" or one of OOD_PARTS, which then is a test set, and dev's.
-    dialogues: items without audio that a teacher invented (RBA); with them training speaks those and no other sentences.
+    dialogues: items without audio that a teacher invented (RBA); with them train and dev are those and no other sentences.
     """
 
     def __init__(self, seed, test=300, task="asr", domain="hard"):
@@ -619,7 +619,7 @@ class Embedded:
         """Utterance i of a set, with its audio. Dev is half clean, half hard; `voices` says each sentence in TAKES voices, clean."""
         if name == "dev":
             condition = ("hard", "clean")[i % 2] if self.domain == "hard" else self.domain
-            return utterance("dev", i, self.seed, condition, self.task)
+            return utterance("dev", i, self.seed, condition, self.task, self.dialogue("dev", i))
         if name == "voices":
             rng = np.random.default_rng([self.seed, 8, i // TAKES])
             said = posed(sentence_in("test", rng, True, self.task), self.task, i // TAKES)
@@ -628,13 +628,16 @@ class Embedded:
         return utterance("test", i, self.seed, name, self.task)
 
     def dialogue(self, stream, number):
-        """Dialogue of utterance `number` of a stream; None without a teacher. RL has the last fifth to itself, in TAKES voices each."""
+        """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
+        twentieth, RL what lies between, in TAKES voices each."""
         if not self.dialogues:
             return None
-        first = len(self.dialogues) * 4 // 5
+        rl, dev = len(self.dialogues) * 4 // 5, len(self.dialogues) * 19 // 20
         if stream == "grpo":
-            return self.dialogues[first + number // TAKES % (len(self.dialogues) - first)]
-        return self.dialogues[(STREAMS[stream] * 7919 + number) % first]
+            return self.dialogues[rl + number // TAKES % (dev - rl)]
+        if stream == "dev":
+            return self.dialogues[dev + number % (len(self.dialogues) - dev)]
+        return self.dialogues[(STREAMS[stream] * 7919 + number) % rl]
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
@@ -669,6 +672,8 @@ class Embedded:
         """Items without audio: of dev, or of train enough to hold every word and phone."""
         if split == "train":
             return self.dialogues or self.texts("text", 0, 4000)
+        if self.dialogues:
+            return [self.dialogue("dev", i) for i in range(self.sets["dev"])]
         rng = np.random.default_rng([self.seed, 9])
         return [posed(sentence_in("dev", rng, i % 2 == 0, self.task), self.task, i) for i in range(self.sets["dev"])]
 

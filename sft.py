@@ -244,8 +244,8 @@ def finish_arguments(args):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if getattr(args, "graph", False) and (args.shard or args.rollout == "beam" or pick_device(args.device).type == "cpu"):
         data.die("--graph: is for samples, on a GPU, by a model in one piece; leave it out")
-    if args.dialogues < 10:
-        data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, the rest for RL")
+    if args.dialogues < 20:
+        data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, a twentieth for dev, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
         data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
     use_cores(args.workers)

@@ -1795,6 +1795,8 @@ def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
         assert {item["text"] for item in items} <= {train[0], train[2]} and {item["target"] for item in items} == {"the answer"}
     assert len({item["speaker"] for item in items}) > 1 and items[0]["text"] == items[3]["text"]
     assert {item["target"] for item in corpus.texts("text", 0, 8)} == {"the answer"}
+    for items in (corpus.items_of("dev"), [corpus.item("dev", i) for i in range(4)]):  # what chooses checkpoints is no human's either
+        assert {item["target"] for item in items} == {"the answer"}
 
 
 def test_rba_in_miniature(tmp_path):
@@ -2536,6 +2538,9 @@ def test_voices_of_a_dialogue_stay_together(monkeypatch):
     assert len(later) == 2 * data.GROUP
     encoder = [item for k in range(9 * data.GROUP) for item in corpus.train_batch("encoder", k, 8)]
     assert not later & {item["text"] for item in encoder} and len({item["text"] for item in encoder}) == 800     # RL has its own fifth
+    dev = {item["text"] for item in corpus.items_of("dev")}
+    rl = {corpus.dialogue("grpo", i)["text"] for i in range(9999)}
+    assert len(dev) == 50 and len(rl) == 150 and not dev & rl and not dev & {item["text"] for item in encoder}
     lengths = [len(item["audio"]) for item in corpus.train_batch("encoder", 0, 8)]
     assert lengths == sorted(lengths)
 
