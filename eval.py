@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames, spec_augment
 from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, SpeechLM, beam_search, generate, linear, train_tokenizer
-from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu
+from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu, word_error_rate
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -269,16 +269,19 @@ TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "me
 
 def columns(task):
     """What a table of this task shows; in result.json the same in lower case."""
-    return ("WER", "Ins", "Del", "Sub") if task == "asr" else ("BLEU", *TEXT_METRICS)
+    return ("WER", "Ins", "Del", "Sub", "CER", "ED", "EM") if task == "asr" else ("BLEU", *TEXT_METRICS)
 
 
 def summary(task, refs, hyps):
-    """One system on one set, on normalised text: the WER and its three parts in percent of the reference words; or BLEU of the corpus
-    and the means of ROUGE and METEOR, in percent."""
+    """One system on one set. ASR, on normalised text: the WER and its three parts in percent of the reference words, the CER in percent of
+    the characters, ED, the mean edits of an utterance, and EM, how many percent are exact. Else BLEU of the corpus and the means of ROUGE
+    and METEOR, in percent, on normalised references and hypotheses as they are."""
     if task == "asr":
-        sub, dele, ins, words = count_errors(refs, hyps).sum(0)
+        (sub, dele, ins, words), n = count_errors(refs, hyps).sum(0), len(refs)
         parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
-        return {**parts, "utterances": len(refs), "words": int(words)}
+        spelled = [[" ".join(normalize(text).replace(" ", "_")) for text in texts] for texts in (refs, hyps)]
+        exact = 100.0 * float(np.mean([normalize(ref) == normalize(hyp) for ref, hyp in zip(refs, hyps)]))
+        return {**parts, "cer": word_error_rate(*spelled), "ed": float(sub + dele + ins) / n, "em": exact, "utterances": n, "words": int(words)}
     refs = list(map(normalize, refs))
     means = {k.lower(): 100 * float(np.mean([REWARDS[name](*pair) for pair in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
     return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
@@ -441,12 +444,18 @@ def kept_transcripts(folder, name, args, ears):
     return refs, hyps
 
 
+def ast_name(lang):
+    """What a run of --task ast calls its task: each language has runs of its own, German's are plain."""
+    return "ast" + f"-{lang}" * (lang != "de")
+
+
 def on_recorded(table, path, flags, lang):
     """A table's rows on recorded speech: other runs, its test sets, and nothing of the paper's to put beside them."""
     kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
     extra += f" --lang {lang}" * (table["task"] == "ast")
     sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
-    rows = [(label, folder.replace("embedded", kind), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
+    named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
+    rows = [(label, named(folder), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
         sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
         rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
@@ -469,10 +478,20 @@ def print_paper_table(args):
         data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
     if args.data and args.table == "rba":
         data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
+    try:
+        shlex.split(args.flags)
+    except ValueError as e:
+        data.die(f"--flags {args.flags}: {e}; close its quotes")
     if args.data:
         table = on_recorded(table, args.data, args.flags, args.lang)
-    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.format(s=s)} --seed {s}" for s in seeds for _, folder, flags, *_ in table["rows"]
-                                         if not finished(os.path.join("runs", folder.format(s=s)))))
+    if args.against:
+        bases = args.against.split(";")
+        if not set(bases) <= {row[0] for row in table["rows"]}:
+            data.die(f"--against {args.against}: no row of table {args.table}; give {'; '.join(row[0] for row in table['rows'])}")
+        table = {**table, "bases": bases, "rows": sorted(table["rows"], key=lambda row: row[0] not in bases)}
+    at = lambda folder, s: os.path.join("runs", folder.replace("{s}", s))
+    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.replace('{s}', s)} --seed {s}" for s in seeds
+                                         for _, folder, flags, *_ in table["rows"] if not finished(at(folder, s))))
     if args.run and missing():
         print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
         for command in tqdm(missing(), desc="runs"):
@@ -486,7 +505,7 @@ def print_paper_table(args):
     print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the mean {names[0]}{voices}, with the\n"
           "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
-    for at, (name, of) in enumerate(table["sets"].items()):
+    for column, (name, of) in enumerate(table["sets"].items()):
         if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
             print(f"\n{name}: not on this machine, left out")
             continue
@@ -498,7 +517,7 @@ def print_paper_table(args):
         for label, folder, _, *paper in table["rows"]:
             figures, drawn = [], {}
             for s in seeds:
-                path = os.path.join("runs", folder.format(s=s))
+                path = at(folder, s)
                 if finished(path):
                     refs, hyps = kept_transcripts(path, name, args, ears)
                     entry = summary(table["task"], refs, hyps)
@@ -511,7 +530,10 @@ def print_paper_table(args):
             seen[label] = drawn
             cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(names) + len(extra))
             few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
-            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[at] if at < len(paper) else ''}{few}")
+            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[column] if column < len(paper) else ''}{few}")
+    print("\nthe rows' commands")
+    for label, _, flags, *_ in table["rows"]:
+        print(f"  {label:<22}python grpo.py {flags.replace('{s}', 'S')} --seed S")
     for command in missing():
         print(f"missing: python {command}")
 
@@ -566,6 +588,12 @@ def limits(device):
     return 2 * n**3 / product, 2 * source.nbytes / clock(lambda: target.copy_(source), device)
 
 
+def micro_batch(c, P, G, T, device):
+    """Utterances in one backward pass, where --micro does not say: their responses' scores against prompts of P positions take 16 MB on a
+    CPU (over 32 MB a tensor gets new pages from the system each time, and learning took half as long again), on a GPU 128."""
+    return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
+
+
 def bench_model(shape):
     """A speech LM with random weights and this shape's frames (B, T, 128), lengths and, in place of a rollout, tokens (B * G, new)."""
     name, P, B, G, new = shape_of(shape)
@@ -582,9 +610,7 @@ def bench_earshot(shape, device):
     name, P, B, G, new = shape_of(shape)
     parameters = [p for part in (model.projection, model.llm) for p in part.parameters()]
     opt = torch.optim.AdamW(parameters, lr=1e-6)
-    # Utterances in one backward pass, grpo.py's --micro. On a CPU the scores of responses against prompts are kept to 16 MB: each
-    # tensor over 32 MB gets new pages from the system, and with scores that large learning took half as long again.
-    micro = 4 if device.type == "cuda" else max(1, min(B, 2**22 // (LLAMAS[name].n_heads * G * new * P)))
+    micro = min(B, micro_batch(LLAMAS[name], P, G, new, device))
 
     @torch.no_grad()
     def prefill():
@@ -755,13 +781,13 @@ def main():
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
     p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
-    p.add_argument("--bench", nargs="?", const="ABC", metavar="SHAPES",
-                   help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (GPU); or DECODER,PROMPT,UTTERANCES,G,NEW")
+    p.add_argument("--bench", nargs="?", const="all", metavar="SHAPES",
+                   help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (a GPU's); or DECODER,PROMPT,UTTERANCES,G,NEW")
     p.add_argument("--engine", choices=["earshot", "transformers", "trl"], help="with --bench SHAPE: measure one, print JSON")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
-    p.add_argument("--against", help="a second run, compared pairwise with the first")
+    p.add_argument("--against", help="a second run, compared pairwise with the first; with --table: the rows to compare with, 'ROW;ROW'")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
@@ -774,17 +800,21 @@ def main():
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
     if args.bench:
-        shapes = list(args.bench) if args.bench.isalpha() else [args.bench]
+        device = pick_device(args.device)
+        letters = "ABC" + "D" * (device.type == "cuda") if args.bench == "all" else args.bench
+        shapes = list(letters) if letters.isalpha() else [letters]
         for shape in shapes:
             shape_of(shape)
         if not args.engine:
-            return bench(shapes, pick_device(args.device))
+            return bench(shapes, device)
         engine = {"earshot": bench_earshot, "transformers": bench_transformers, "trl": bench_trl}[args.engine]
-        return print(json.dumps(engine(args.bench, pick_device(args.device))))
+        return print(json.dumps(engine(args.bench, device)))
     for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
         value = getattr(args, key)
         if value is not None and not least <= value < 2**32:
             data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
+    if args.beam > 1 and (args.temperature or args.table) or args.top_p != 1 and not args.temperature:
+        data.die("--beam is for one model and without --temperature, --top-p is for --temperature alone; leave one of them out")
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:
@@ -804,7 +834,7 @@ def main():
         asked = {"asr": None, "ast": data.translate_into(lang), "sqa": args.question}[task]
         for path in args.files:
             heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
-            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new)[0]}")
+            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, 64, args.temperature, args.top_p)[0]}")
         return
 
     corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, train=known)

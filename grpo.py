@@ -55,7 +55,7 @@ import torch.nn.functional as F
 import data
 import sft
 from encoder import length_mask
-from eval import autocast, hear_set, keep_transcripts, load_model, pick_device, print_table, transcribe
+from eval import autocast, hear_set, keep_transcripts, load_model, micro_batch, pick_device, print_table, transcribe
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
@@ -173,6 +173,11 @@ def with_references(tokens, n, targets, lengths, G, how):
     return tokens, n
 
 
+def overlong(lengths, longest, last):
+    """DAPO's soft punishment (2503.14476) of transcripts of `lengths` (N,): 0, then up to 1 over the `last` tokens before `longest`."""
+    return ((lengths - (longest - last)) / last).clamp(0, 1)
+
+
 @torch.no_grad()
 def rollout(model, frames, lengths, items, reward, args):
     """Encoder frames (B, T', D) -> N transcripts as tokens, their lengths, rewards (B, G), strings. The prompt runs once for the group."""
@@ -189,8 +194,6 @@ def rollout(model, frames, lengths, items, reward, args):
     hyps = model.decode(tokens, n)
     refs, score = [normalize(text) for text in texts for _ in range(args.G)], functools.cache(parse_reward(reward))  # many are equal
     scores = torch.tensor([score(ref, hyp) for ref, hyp in zip(refs, hyps)], dtype=torch.float32, device=frames.device)
-    if args.overlong:  # DAPO's soft punishment: from 0 to -1 over the last --overlong tokens of room
-        scores -= ((n - (args.max_new - args.overlong)) / args.overlong).clamp(0, 1)
     return tokens, n, scores.view(-1, args.G), hyps
 
 
@@ -205,8 +208,9 @@ def gather_rollouts(model, supply, args, device, log):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
             tokens, n, rewards, hyps = rollout(model, frames, lengths, items, args.reward, args)
-        own = args.G - (args.off_policy == "reference")  # what is logged is about samples alone
-        rewards_.append(rewards[:, :own])
+        punished = overlong(n, args.max_new, args.overlong).view(rewards.shape) if args.overlong else 0
+        own = args.G - (args.off_policy == "reference")  # reward, length and truncation are logged of samples alone
+        rewards_.append((rewards - punished)[:, :own])
         lengths_.append(n.view(-1, args.G)[:, :own].flatten())
         cut.append(tokens.gather(1, n[:, None] - 1).view(-1, args.G)[:, :own] != EOS)  # no room left for its <EOS>
         if args.algo in RBA:
@@ -217,7 +221,9 @@ def gather_rollouts(model, supply, args, device, log):
             advantages = varied.float()[:, None].expand(n.shape)  # DPO has none: 0 where there is nothing to prefer, else 1
             frames, lengths, items, tokens, n = frames[x], lengths[x], [items[i] for i in x.tolist()], tokens.flatten(0, 1), n.flatten()
         else:
-            advantages, varied = group_advantages(rewards, args.std)
+            advantages, varied = group_advantages(rewards - punished, args.std)
+            if args.overlong and args.dynamic_sampling:
+                _, varied = group_advantages(rewards)  # what is filtered is the reward as it is
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         groups, kept_total = groups + len(varied), kept_total + int(varied.sum())
         if args.dynamic_sampling and draw + 1 >= args.accumulate:
@@ -246,7 +252,7 @@ def main():
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
-    p.add_argument("--micro", type=int, default=24, help="utterances in one backward pass")
+    p.add_argument("--micro", type=int, help="utterances in one backward pass; default: eval.micro_batch's")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
@@ -279,16 +285,18 @@ def main():
             data.die(f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce")
     elif args.ce:
         data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
-    elif args.shaping and args.off_policy != "reference":
-        data.die(f"--shaping {args.shaping}: is for --off-policy reference")
     elif args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
+    if args.shaping and args.off_policy != "reference":
+        data.die(f"--shaping {args.shaping}: is for --off-policy reference")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     corpus = sft.finish_arguments(args)
     if args.overlong > args.max_new:
         data.die(f"--overlong {args.overlong}: more than the {args.max_new} tokens of --max-new")
     if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
+    if args.dry_run and args.algo in RBA:
+        data.die(f"--dry-run: is not for --algo {args.algo}, whose audio is invented first; leave it out")
     if args.dry_run:
         return sft.print_plan(args, corpus, args.prompts, args.G, reference=bool(args.beta) and not args.ce)
     sft.check_stages(args)
@@ -366,7 +374,8 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         n_sequences += int(counted.sum()) * G
         n_tokens += int((n.view(-1, G).sum(1) * counted).sum())
         keep = counted if args.ce or (args.beta and args.algo not in RBA) else varied
-        for rows in keep.nonzero()[:, 0].split(args.micro) if keep.any() else ():
+        micro = args.micro or micro_batch(getattr(model, "module", model).llm.config, frames.shape[1], G, tokens.shape[1], device)
+        for rows in keep.nonzero()[:, 0].split(micro) if keep.any() else ():
             each = (rows[:, None] * G + torch.arange(G, device=device)).flatten()
             off = each % G == G - 1 if args.off_policy == "reference" else None
             pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
@@ -426,22 +435,23 @@ def report(args, corpus, folder):
     """Evaluates SFT, SFT continued and GRPO on every test set, prints the table, writes result.json."""
     device = pick_device(args.device)
     paths = {"SFT": "speech", "SFT continued": "control", f"{args.algo} ({args.reward})": os.path.basename(folder)}
-    models = {name: load_model(os.path.join("runs", args.name, path), device) for name, path in paths.items()}
-    last = list(models)[-1]
-    result = {"config": vars(args), "sets": {}, "seconds": {}}
+    last, result = f"{args.algo} ({args.reward})", {"config": vars(args), "sets": {}, "seconds": {}}
+    heard, hyps = {}, {test: {} for test in corpus.tests}
     for name, path in paths.items():
         for line in sft.read_log(os.path.join("runs", args.name, path))[-1:]:  # a stage of 0 steps has none
             result["seconds"][name] = line["seconds"]
+        model = load_model(os.path.join("runs", args.name, path), device)  # one at a time: large ones may not fit together
+        for test in corpus.tests:
+            heard[test] = heard.get(test) or hear_set(model, corpus, test, args.workers)
+            hyps[test][name] = transcribe(model, heard[test], max_new=args.max_new)
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in corpus.tests:
-        heard = hear_set(models["SFT"], corpus, test, args.workers)
-        refs = [item["target"] for item in heard]
-        hyps = {name: transcribe(m, heard, max_new=args.max_new) for name, m in models.items()}
+        refs, rows = [item["target"] for item in heard[test]], hyps[test]
         for name, path in paths.items():
-            keep_transcripts(os.path.join("runs", args.name, path), test, args.data, refs, hyps[name])
-        result["sets"][test] = print_table(test, args.task, refs, hyps, ("SFT", "SFT continued"))
-        for i in sorted(range(len(refs)), key=lambda i: hyps["SFT"][i] == hyps[last][i])[:3]:  # where they differ, if so
-            print(f"  reference  {refs[i]}\n  SFT        {hyps['SFT'][i]}\n  {args.algo:10} {hyps[last][i]}")
+            keep_transcripts(os.path.join("runs", args.name, path), test, args.data, refs, rows[name])
+        result["sets"][test] = print_table(test, args.task, refs, rows, ("SFT", "SFT continued"))
+        for i in sorted(range(len(refs)), key=lambda i: rows["SFT"][i] == rows[last][i])[:3]:  # where they differ, if so
+            print(f"  reference  {refs[i]}\n  SFT        {rows['SFT'][i]}\n  {args.algo:10} {rows[last][i]}")
     with open(os.path.join(folder, "result.json.tmp"), "w") as f:
         json.dump(result, f, indent=1)
     os.replace(os.path.join(folder, "result.json.tmp"), os.path.join(folder, "result.json"))

@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import (autocast, chunks, collate, finished, forward_flops, hear_set, limits, listen, load_model, loader, pick_device,
-                  read_json, read_log, shortfall, transcribe)
+from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, limits, listen, load_model, loader, micro_batch,
+                  pick_device, read_json, read_log, shortfall, transcribe)
 from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -224,7 +224,7 @@ def finish_arguments(args):
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
     if args.init and args.encoder:
         data.die(f"--encoder {args.encoder}: --init brings an encoder of its own; leave one of the two out")
-    task, taught = args.task if args.task != "asr" else "", "taught" if args.teacher_steps else ""
+    task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
     args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     if args.read_steps is None:
@@ -238,6 +238,8 @@ def finish_arguments(args):
     pick_device(args.device)
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
+    if args.lang != "de" and args.task == "ast" and not args.data:
+        data.die(f"--lang {args.lang}: the embedded corpus is translated into German alone; leave it out, or give --data")
     if not (args.views or args.data):
         data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
@@ -616,7 +618,8 @@ def print_plan(args, corpus, B, G=1, samples=True, reference=False):
     encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.llm))
     device, n, N = pick_device(args.device), args.dry_run, B * G
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size, share, micro = kind.itemsize, 1 / n if args.shard else 1, min(B, getattr(args, "micro", B))
+    size, share = kind.itemsize, 1 / n if args.shard else 1
+    micro = min(B, args.micro or micro_batch(c, P, G, T, device)) if samples else B
     ends = c.vocab * c.d * (1 if c.tie else 2)                                 # embedding and head, which FSDP gathers for a whole pass
     logits = 12 * micro * G * min(T, max(1, 2**26 // (micro * G * c.vocab))) * c.vocab      # fp32: themselves, softmax, gradient
     memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share, "gradients, fp32": 4 * decoder * share,
@@ -871,8 +874,13 @@ def teach(args, corpus):
         os.replace(path + ".tmp", path)
         use_cores(args.workers)
     wait()
-    with open(path) as f:
-        corpus.dialogues = [json.loads(line) for line in f]
+    try:
+        with open(path) as f:
+            corpus.dialogues = [json.loads(line) for line in f]
+    except ValueError:
+        corpus.dialogues = []
+    if not corpus.dialogues:
+        data.die(f"{path}: damaged; remove {folder} to have them invented again")
 
 
 def dialogue_loss(model, items, device):

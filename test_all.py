@@ -1095,15 +1095,10 @@ def test_references_join_their_groups():
     assert model.decode(rows[1:2], long[1:2]) == ["one two"] and torch.equal(rows[[0, 2, 3, 4, 5], :3], tokens[[0, 2, 3, 4, 5]])
     again, _ = grpo.with_references(rows, long, targets, lengths, 3, "duplicate")
     assert torch.equal(again, rows)
-    args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", overlong=0, graph=False)
+    args = argparse.Namespace(rollout="sample", G=3, max_new=5, temperature=1.0, off_policy="reference", graph=False)
     frames = some_frames(2)
     tokens, n, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
     assert hyps[2::3] == texts and scores[:, 2].tolist() == [1, 1] and scores.shape == (2, 3)
-    args.overlong = 4  # of the 5 tokens of room, the last four are punished, step by step
-    torch.manual_seed(0)
-    _, n, scores, hyps = rollout(model, *frames, as_items(texts), "em", args)
-    plain = torch.tensor([float(hyp == ref) for hyp, ref in zip(hyps, [t for t in texts for _ in range(3)])])
-    assert torch.allclose(scores.flatten() - plain, -((n - 1).clamp(0, 4) / 4))
 
 
 def test_token_loss_counts_over_the_whole_step():
@@ -1180,7 +1175,7 @@ def test_rewards_go_to_their_own_group(monkeypatch):
     """Fault 5: row n is a sample of utterance n // G, whatever the prompts' text."""
     model = tiny_model()
     monkeypatch.setitem(REWARDS, "seen", lambda ref, hyp: float(ref))
-    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0, off_policy=None, overlong=0, graph=False)
+    args = argparse.Namespace(rollout="sample", G=4, max_new=5, temperature=1.0, off_policy=None, graph=False)
 
     def check(rewards):
         assert rewards.tolist() == [[b] * 4 for b in range(3)]
@@ -1284,6 +1279,25 @@ def test_paired_bootstrap_sees_what_is_paired():
     assert (draws(a)[1] == draws(a)[1]).all()
     right = np.array([[0, 0, 0, 4]] * 5)
     assert change(draws(right), draws(right)) == (0.0, [0.0, 0.0]) and change(draws(right), draws(right + [1, 0, 0, 0]))[0] == 25
+
+
+def test_a_tables_columns_against_counts_by_hand():
+    """WER, its parts and CER of the corpus, ED of the mean utterance, EM: of 2 utterances with 2 edits in 5 words, 5 in 19 characters."""
+    row = eval_module.summary("asr", ["one two three", "Six,  oh"], ["one two tree", "oh"])
+    expected = dict(wer=40, ins=0, sub=20, cer=100 * 5 / 19, ed=1, em=0, utterances=2, words=5)
+    expected["del"] = 20
+    assert row == pytest.approx(expected)
+    assert eval_module.summary("asr", ["Six,  oh", "a"], ["six oh", "b"])["em"] == 50
+    assert [c.lower() in row for c in eval_module.columns("asr")] == [True] * 7
+
+
+def test_pieces_of_an_update_are_small_where_prompts_are_long(monkeypatch):
+    """--micro's default: all 24 utterances of the embedded corpus at once, whose numbers it then cannot change; few with prompts of 30 s,
+    and fewer the larger the group."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    size = lambda llm, *shape: eval_module.micro_batch(LLAMAS[llm], *shape)
+    assert size("tiny", 210, 12, 16, cpu) >= 24 and size("tiny", 220, 8, 40, cpu) >= 24
+    assert [size("29m", 750, G, 40, cpu) for G in (4, 8, 16, 32)] == [4, 2, 1, 1] and size("2b", 750, 8, 64, gpu) == 5
 
 
 def test_transcribe_keeps_the_order_and_ignores_the_batch():
@@ -1603,6 +1617,12 @@ def test_main_job_in_miniature(tmp_path):
                       ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
                       ("--graph: ", ["grpo.py", *SMALL, "--graph", "--device", "cpu"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
+                      ("--lang fr", ["grpo.py", *SMALL, "--task", "ast", "--lang", "fr"]),
+                      ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1", "--algo", "rba_group"]),
+                      ("--dry-run", ["grpo.py", *SMALL, "--dry-run", "--algo", "rba_group"]),
+                      ("--against GRPO: ", ["eval.py", "--table", "2", "--against", "GRPO"]),
+                      ("--flags ': ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--flags", "'", "--run"]),
+                      ("--beam is", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "2", "--temperature", "1"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
@@ -1890,7 +1910,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     command(tmp_path, "grpo.py", *flags, *muon, "--accumulate", "2", group=data.GROUP)
     shared, sharded, alone = (tmp_path / name for name in ("shared", "sharded", "alone"))
     for folder in (shared, sharded, alone):
-        for stage in ("encoder", "text", "read"):
+        for stage in ("encoder", "read"):  # where each process draws masks and slips for itself, no two runs are alike
             shutil.copytree(tmp_path / "runs" / "embedded-0" / stage, folder / "runs" / "embedded-0" / stage)
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "broken.py").write_text("import sft; sft.data_parallel = lambda model, parameters: model; sft.main()")
@@ -1925,10 +1945,11 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
                 assert x.keys() == y.keys() and near, (stage, x, y)
 
     for folder, name in ((shared, "muon"), (sharded, "dapo-ed")):
-        check(folder, ("speech", "control", name))
-        check_log(folder, ("speech", "control", name))
-    with pytest.raises(AssertionError):
-        check(alone, ["speech"])
+        check(folder, ("text", "speech", "control", name))
+        check_log(folder, ("text", "speech", "control", name))
+    for stage in ("text", "speech"):
+        with pytest.raises(AssertionError):
+            check(alone, [stage])
 
 
 def test_german_translations_and_answers():
@@ -2322,10 +2343,10 @@ def test_recompute_reaches_the_decoder(tmp_path, monkeypatch):
 
 
 def gathered_groups(monkeypatch, kept, **changes):
-    """gather_rollouts over batches of 2 groups of which so many vary -> how many it drew, what it logs. Of the G = 4 of a group two samples
+    """gather_rollouts over batches of 2 groups of which so many vary -> what it drew, what it logs. Of the G = 4 of a group two samples
     have 5 tokens, the longest allowed, and one of them no <EOS>; the third has 2. The last is the reference where there is one."""
     args = argparse.Namespace(**{**dict(algo="dapo", dynamic_sampling=True, max_draws=4, accumulate=1, prompts=2, G=4, reward="em",
-                                        std=True, off_policy=None, max_new=5), **changes})
+                                        std=True, off_policy=None, max_new=5, overlong=0), **changes})
     n, tokens = torch.tensor([5, 5, 2, 3] * 2), torch.full((8, 5), 9)
     tokens[torch.arange(8), n - 1] = torch.tensor([EOS, 9, EOS, EOS] * 2)
 
@@ -2335,12 +2356,12 @@ def gathered_groups(monkeypatch, kept, **changes):
 
     monkeypatch.setattr(grpo, "rollout", rollout)
     supply, log = ((None, (torch.zeros(2, 3, 4), torch.tensor([3, 3]), as_items([str(k), "one"]))) for k in kept), {}
-    return len(grpo.gather_rollouts(None, supply, args, torch.device("cpu"), log)), log
+    return grpo.gather_rollouts(None, supply, args, torch.device("cpu"), log), log
 
 
 def test_dynamic_sampling_draws_until_enough_groups_vary(monkeypatch):
     """DAPO's refill: 2 groups a step here, times --accumulate and the processes, of all of them together; --max-draws batches at most."""
-    drawn = lambda *kept, **changes: gathered_groups(monkeypatch, kept, **changes)[0]
+    drawn = lambda *kept, **changes: len(gathered_groups(monkeypatch, kept, **changes)[0])
     assert drawn(2, 2, 2) == 1 and drawn(1, 1, 2) == 2 and drawn(0, 1, 0, 0, 2) == 4 and drawn(0, 2, dynamic_sampling=False) == 1
     assert drawn(1, 1, 2, 2, accumulate=2) == 3 and drawn(0, 0, 2, accumulate=2, dynamic_sampling=False) == 2
     monkeypatch.setattr(sft, "world", lambda: 2)
@@ -2359,13 +2380,16 @@ def test_what_a_step_logs_is_about_samples(monkeypatch):
 
 
 def test_overlong_punishes_the_last_tokens_and_rewards_none(monkeypatch):
-    """DAPO's soft punishment, of 2 of 6 tokens: nothing up to 4, then a half, then 1."""
-    model, args = tiny_model(), argparse.Namespace(rollout="sample", G=6, max_new=6, temperature=1.0, off_policy=None, overlong=2,
-                                                    graph=False)
-    n = torch.arange(1, 7)
-    monkeypatch.setattr(grpo, "generate", lambda *a, **kw: (torch.full((6, 6), 9), n, None))
-    scores = rollout(model, *some_frames(1), as_items(["zero"]), "em", args)[2]
-    assert scores.tolist() == [[0, 0, 0, 0, -0.5, -1]]
+    """DAPO's soft punishment, of 2 of 6 tokens: nothing up to 4, then a half, then 1. Samples that differ by nothing else are told apart by
+    it, but are no group that dynamic sampling looks for: that goes by the reward as it is."""
+    assert grpo.overlong(torch.arange(1, 7), 6, 2).tolist() == [0, 0, 0, 0, 0.5, 1]
+    for dynamic in (False, True):
+        parts, log = gathered_groups(monkeypatch, [0], dynamic_sampling=dynamic, overlong=4, max_draws=1)
+        advantages, varied = parts[0][-2:]
+        assert varied.tolist() == [not dynamic] * 2
+        assert all(row[0] < row[-1] for row in advantages.tolist())
+        plain, _ = gathered_groups(monkeypatch, [0], dynamic_sampling=dynamic, max_draws=1)
+        assert not plain[0][-2].any()
 
 
 def test_a_reference_that_was_sampled_is_not_put_in_again():
@@ -2455,7 +2479,8 @@ def test_rba_counts_pairs_and_keeps_what_belongs_together(monkeypatch):
     n, scores = torch.tensor([3, 1, 2, 4] * 2), torch.tensor([[0.5], [0.9], [0.1], [0.2], [0.3], [0.2], [0.8], [0.7]])
     tokens, frames = torch.arange(10, 18)[:, None].repeat(1, 4), torch.arange(8.0)[:, None, None].expand(8, 2, 3)
     texts = ["one two three", "oh", "seven", "nine"] * 2
-    args = argparse.Namespace(algo="rba_group", dynamic_sampling=False, accumulate=1, G=1, off_policy=None, reward="bleu", ce=0.0)
+    args = argparse.Namespace(algo="rba_group", dynamic_sampling=False, accumulate=1, G=1, off_policy=None, reward="bleu", ce=0.0,
+                              overlong=0)
     monkeypatch.setattr(grpo, "rollout", lambda *a: (tokens, n, scores, ["oh"] * 8))
     for args.algo, speech, first, lengths in (("rba_group", [2, 5], [11, 12, 16, 15], [1, 2, 2, 1]), ("rba_single", range(8), None, None)):
         supply = iter([(None, (frames, torch.arange(8), as_items(texts)))])
@@ -2675,7 +2700,8 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     path = str(tmp_path / "corp")
     table = {name: eval_module.on_recorded(eval_module.TABLES[name], path, "--vocab 90", "fr") for name in ("2", "4", "ast")}
     assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90")
-    assert table["ast"]["rows"][0][1] == "corp-ast-{s}/read"
+    assert table["ast"]["rows"][0][1] == "corp-ast-fr-{s}/read"
+    assert [eval_module.ast_name(lang) for lang in ("de", "fr")] == ["ast", "ast-fr"]
     assert all(row[2].endswith(f" --data {path} --vocab 90 --lang fr") for row in table["ast"]["rows"])
     assert list(table["2"]["sets"]) == ["test", "far"]
     assert list(table["4"]["sets"]) == [f"test@{path}", f"far@{path}", "clean@embedded", "hard@embedded"]
@@ -2687,7 +2713,8 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_module, "finished", lambda folder: True)
     monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
     monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
-    args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0)
+    args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0,
+                              against=None)
     for args.table, args.data, expected in (("2", path, [("test", 8, 0), ("far", 8, 0)]),
                                             ("4", path, [(f"{x}@{path}", 8, 0) for x in ("test", "far")]
                                              + [(f"{x}@embedded", 8, s) for x in ("clean", "hard") for s in (0, 1)]),
