@@ -629,7 +629,7 @@ class Embedded:
 
     def dialogue(self, stream, number):
         """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
-        twentieth, RL what lies between, in TAKES voices each."""
+        twentieth, RL what lies between, in TAKES voices each. No dialogue is in two; a sentence may be, with two questions."""
         if not self.dialogues:
             return None
         rl, dev = len(self.dialogues) * 4 // 5, len(self.dialogues) * 19 // 20

@@ -252,7 +252,7 @@ def counts_of(task, refs, hyps):
 
 
 def rate(totals):
-    """Counts summed over a corpus, a row a draw of it: its WER (4 columns) or BLEU (10), in percent."""
+    """Counts summed over a corpus, a row a draw of it: its WER (4 columns; or agreement) or BLEU (10), in percent."""
     if totals.shape[1] == 4:
         return 100.0 * totals[:, :3].sum(1) / np.maximum(1, totals[:, 3])
     return np.array([100.0 * bleu_of(row, False) for row in totals.tolist()])
@@ -457,6 +457,7 @@ def on_recorded(table, path, flags, lang):
     named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
     rows = [(label, named(folder), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
+        table = {**table, "title": table["title"].replace("(echo)", f"(from embedded to {kind})")}
         sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
         rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
                 for label, folder, args, *_ in table["rows"]]
@@ -472,12 +473,14 @@ def finished(folder):
 
 
 def print_paper_table(args):
-    """The miniature of a paper's table, from the runs that exist; what is missing is named with its command, or run."""
+    """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
     table, seeds = TABLES[args.table], args.seeds.split(",")
     if not all(s.isdecimal() for s in seeds):
         data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
     if args.data and args.table == "rba":
         data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
+    if not args.data and (args.flags or args.lang != "de"):
+        data.die("--flags and --lang: are for tables of recorded speech; give --data, or leave them out")
     try:
         shlex.split(args.flags)
     except ValueError as e:
@@ -485,7 +488,7 @@ def print_paper_table(args):
     if args.data:
         table = on_recorded(table, args.data, args.flags, args.lang)
     if args.against:
-        bases = args.against.split(";")
+        bases = [base.strip() for base in args.against.split(";")]
         if not set(bases) <= {row[0] for row in table["rows"]}:
             data.die(f"--against {args.against}: no row of table {args.table}; give {'; '.join(row[0] for row in table['rows'])}")
         table = {**table, "bases": bases, "rows": sorted(table["rows"], key=lambda row: row[0] not in bases)}
@@ -506,11 +509,12 @@ def print_paper_table(args):
           "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
     for column, (name, of) in enumerate(table["sets"].items()):
-        if "@" in name and name.split("@")[1] != "embedded" and not os.path.exists(name.split("@")[1]):
+        test, _, where = name.partition("@")  # where: a corpus that is not the run's own
+        if where not in ("", "embedded") and not os.path.exists(where):
             print(f"\n{name}: not on this machine, left out")
             continue
         extra = ("Agree",) if name == "voices" else ()
-        title = name.split("@")[0] + (f" of {data.name_of(name.split('@')[1])}" if "@" in name else "")
+        title = test + (f" of {data.name_of(where)}" if where else "")
         print(f"\n{title:<20}" + "".join(f"{c:>7}" for c in (*names, *extra))
               + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
         seen = {}
@@ -523,7 +527,7 @@ def print_paper_table(args):
                     entry = summary(table["task"], refs, hyps)
                     counts = agreement(hyps) if extra else counts_of(table["task"], refs, hyps)
                     figures.append([entry[c.lower()] for c in names] + [rate(counts.sum(0, keepdims=True))[0] for _ in extra])
-                    recorded = "embedded" not in name if "@" in name else args.data  # every seed has the same utterances there
+                    recorded = where != "embedded" if where else args.data     # every seed has the same utterances there
                     drawn[s] = draws(counts, 0 if recorded else int(s))
             changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
                        for base in table["bases"]]
@@ -589,8 +593,9 @@ def limits(device):
 
 
 def micro_batch(c, P, G, T, device):
-    """Utterances in one backward pass, where --micro does not say: their responses' scores against prompts of P positions take 16 MB on a
-    CPU (over 32 MB a tensor gets new pages from the system each time, and learning took half as long again), on a GPU 128."""
+    """Utterances in one backward pass, where --micro does not say: so many that attention's scores of their G responses of T tokens against
+    prompts of P positions, where these are long the largest tensor, take 16 MB at most on a CPU, on a GPU 128; one at the least. (Over 32
+    MB a tensor gets new pages from the system each time, and learning took half as long again.)"""
     return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
 
 
@@ -813,8 +818,10 @@ def main():
         value = getattr(args, key)
         if value is not None and not least <= value < 2**32:
             data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
-    if args.beam > 1 and (args.temperature or args.table) or args.top_p != 1 and not args.temperature:
-        data.die("--beam is for one model and without --temperature, --top-p is for --temperature alone; leave one of them out")
+    if args.beam > 1 and (args.temperature or args.table):
+        data.die(f"--beam {args.beam}: not with --temperature or --table; leave one of them out")
+    if args.top_p != 1 and not args.temperature:
+        data.die(f"--top-p {args.top_p}: is of samples; give --temperature, too")
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:
@@ -834,7 +841,7 @@ def main():
         asked = {"asr": None, "ast": data.translate_into(lang), "sqa": args.question}[task]
         for path in args.files:
             heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
-            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, 64, args.temperature, args.top_p)[0]}")
+            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)[0]}")
         return
 
     corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, train=known)

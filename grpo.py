@@ -209,7 +209,7 @@ def gather_rollouts(model, supply, args, device, log):
         with autocast(device):
             tokens, n, rewards, hyps = rollout(model, frames, lengths, items, args.reward, args)
         punished = overlong(n, args.max_new, args.overlong).view(rewards.shape) if args.overlong else 0
-        own = args.G - (args.off_policy == "reference")  # reward, length and truncation are logged of samples alone
+        own = args.G - (args.off_policy == "reference")  # logged are reward, length and truncation without it
         rewards_.append((rewards - punished)[:, :own])
         lengths_.append(n.view(-1, args.G)[:, :own].flatten())
         cut.append(tokens.gather(1, n[:, None] - 1).view(-1, args.G)[:, :own] != EOS)  # no room left for its <EOS>
@@ -222,8 +222,8 @@ def gather_rollouts(model, supply, args, device, log):
             frames, lengths, items, tokens, n = frames[x], lengths[x], [items[i] for i in x.tolist()], tokens.flatten(0, 1), n.flatten()
         else:
             advantages, varied = group_advantages(rewards - punished, args.std)
-            if args.overlong and args.dynamic_sampling:
-                _, varied = group_advantages(rewards)  # what is filtered is the reward as it is
+            if args.dynamic_sampling:
+                _, varied = group_advantages(rewards)  # DAPO filters by what is right, not by length
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
         groups, kept_total = groups + len(varied), kept_total + int(varied.sum())
         if args.dynamic_sampling and draw + 1 >= args.accumulate:
@@ -252,7 +252,7 @@ def main():
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
-    p.add_argument("--micro", type=int, help="utterances in one backward pass; default: eval.micro_batch's")
+    p.add_argument("--micro", type=int, help="utterances in one backward pass; default: what keeps attention's scores small, see eval.micro_batch")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
@@ -435,7 +435,8 @@ def report(args, corpus, folder):
     """Evaluates SFT, SFT continued and GRPO on every test set, prints the table, writes result.json."""
     device = pick_device(args.device)
     paths = {"SFT": "speech", "SFT continued": "control", f"{args.algo} ({args.reward})": os.path.basename(folder)}
-    last, result = f"{args.algo} ({args.reward})", {"config": vars(args), "sets": {}, "seconds": {}}
+    *_, last = paths
+    result = {"config": vars(args), "sets": {}, "seconds": {}}
     heard, hyps = {}, {test: {} for test in corpus.tests}
     for name, path in paths.items():
         for line in sft.read_log(os.path.join("runs", args.name, path))[-1:]:  # a stage of 0 steps has none
@@ -444,6 +445,7 @@ def report(args, corpus, folder):
         for test in corpus.tests:
             heard[test] = heard.get(test) or hear_set(model, corpus, test, args.workers)
             hyps[test][name] = transcribe(model, heard[test], max_new=args.max_new)
+        del model
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
     for test in corpus.tests:
         refs, rows = [item["target"] for item in heard[test]], hyps[test]

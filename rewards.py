@@ -10,7 +10,7 @@ S substitutions, D deletions, I insertions that turn the N words of `ref` into t
     bleu, rouge1, rouge2, rougeL, meteor    2509.16990 (GRPO for speech translation and question answering)
 
 The first four see normalised text, the same `normalize` that evaluation applies; the others the strings as given,
-which from eval.py and grpo.py are a normalised reference and what the model wrote.
+which from eval.py and grpo.py are a normalised reference and what the model wrote (for RBA's agreement, two answers).
 `word_error_rate` and CER agree with jiwer 4.0, BLEU with sacreBLEU 2.6, ROUGE with rouge-score 0.1, METEOR with NLTK 3
 (given no stemmer and no WordNet), so figures compare with published ones; none of these packages is needed here.
 Order: normalisation, edit alignment, error rates, BLEU, ROUGE, METEOR, REWARDS.

@@ -71,7 +71,7 @@ def add_arguments(p):
     p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
     p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
     p.add_argument("--init", help="a run's stage, runs/NAME/speech: begin with its model in place of the stages before RL")
-    p.add_argument("--encoder", help="a run's stage, runs/NAME/encoder: begin with its conformer, all but what CTC spells, not at random")
+    p.add_argument("--encoder", help="a run's stage, runs/NAME/encoder: its weights are where the stage encoder begins; CTC's output layer is new")
     p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: the embedded audio to adapt to")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
@@ -222,6 +222,8 @@ def finish_arguments(args):
         data.die(f"--name {args.name}: the name of a folder under runs/, without {os.sep}")
     if args.init and not args.name:
         data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
+    if args.encoder and not finished(args.encoder):
+        data.die(f"--encoder {args.encoder}: no finished stage; give the folder of one, such as runs/embedded-0/encoder")
     if args.init and args.encoder:
         data.die(f"--encoder {args.encoder}: --init brings an encoder of its own; leave one of the two out")
     task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
@@ -238,14 +240,14 @@ def finish_arguments(args):
     pick_device(args.device)
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
-    if args.lang != "de" and args.task == "ast" and not args.data:
-        data.die(f"--lang {args.lang}: the embedded corpus is translated into German alone; leave it out, or give --data")
+    if args.lang != "de" and not (args.task == "ast" and args.data):
+        data.die(f"--lang {args.lang}: is for --task ast, and the embedded corpus is translated into German alone; leave it out, or give --data")
     if not (args.views or args.data):
         data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
         data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
     if getattr(args, "graph", False) and (args.shard or args.rollout == "beam" or pick_device(args.device).type == "cpu"):
-        data.die("--graph: is for samples, on a GPU, by a model in one piece; leave it out")
+        data.die("--graph: not on a CPU, with --rollout beam or with --shard; leave it out")
     if args.dialogues < 20:
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, a twentieth for dev, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
@@ -787,9 +789,12 @@ def run_stage(stage, args, corpus, ahead=()):
     device = pick_device(args.device)
     home = torch.device("cpu") if args.shard else device  # where a model is whole
     model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
-    if stage == "encoder" and args.encoder:
+    if stage == "encoder" and args.encoder and not first:
         found = load_model(args.encoder).encoder.state_dict()
-        model.encoder.load_state_dict({k: v for k, v in found.items() if not k.startswith(("ctc_head", "unit_frames"))}, strict=False)
+        try:
+            model.encoder.load_state_dict({k: v for k, v in found.items() if not k.startswith(("ctc_head", "unit_frames"))}, strict=False)
+        except RuntimeError:
+            data.die(f"--encoder {args.encoder}: its conformer has another shape than EncoderConfig; give another, and remove {folder}")
     if stage == "read" and not first:
         measure_units(model, corpus, args.batch, home)
     if args.shard and stage != "encoder":
@@ -879,8 +884,8 @@ def teach(args, corpus):
             corpus.dialogues = [json.loads(line) for line in f]
     except ValueError:
         corpus.dialogues = []
-    if not corpus.dialogues:
-        data.die(f"{path}: damaged; remove {folder} to have them invented again")
+    if len(corpus.dialogues) != args.dialogues:
+        data.die(f"{path}: holds {len(corpus.dialogues)} dialogues, not {args.dialogues}; remove {folder} to have them invented again")
 
 
 def dialogue_loss(model, items, device):

@@ -1618,11 +1618,13 @@ def test_main_job_in_miniature(tmp_path):
                       ("--graph: ", ["grpo.py", *SMALL, "--graph", "--device", "cpu"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--lang fr", ["grpo.py", *SMALL, "--task", "ast", "--lang", "fr"]),
+                      ("--encoder nowhere", ["grpo.py", *SMALL, "--encoder", "nowhere"]),
+                      ("--top-p 0.9", ["eval.py", "--table", "2", "--top-p", "0.9"]),
                       ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1", "--algo", "rba_group"]),
                       ("--dry-run", ["grpo.py", *SMALL, "--dry-run", "--algo", "rba_group"]),
                       ("--against GRPO: ", ["eval.py", "--table", "2", "--against", "GRPO"]),
                       ("--flags ': ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--flags", "'", "--run"]),
-                      ("--beam is", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "2", "--temperature", "1"]),
+                      ("--beam 2", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "2", "--temperature", "1"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
@@ -1821,7 +1823,7 @@ def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
 
 def test_rba_in_miniature(tmp_path):
     """The loop from the teacher's dialogues to the table, in both forms; the table names the rows that are missing."""
-    rng, small = np.random.default_rng(0), [*SMALL, "--task", "sqa", "--reward", "bleu"]
+    rng, small = np.random.default_rng(0), [*SMALL, "--task", "sqa", "--reward", "bleu", "--dialogues", "40"]
     items = [data.posed(data.sentence_in("train", rng, False), "sqa", i) for i in range(40)]
     folder = tmp_path / "runs" / "embedded-sqa-taught-0" / "teacher"
     folder.mkdir(parents=True)
@@ -1852,7 +1854,7 @@ def test_adaptation_and_its_table(tmp_path):
     assert "missing: python grpo.py --algo dapo --reward em --seed 0" in out and "(1 of 2 seeds)" in out and "--reward wer --seed 1" in out
     for bad, argv in (("--init nowhere", ["--init", "nowhere", "--name", "x"]), ("--domain far", ["--domain", "far"]),
                       ("a --name of its own", ["--init", "runs/embedded-0/speech"]),
-                      ("--encoder x: --init brings", [*far[len(SMALL):], "--encoder", "x"])):
+                      ("encoder: --init brings", [*far[len(SMALL):], "--encoder", "runs/embedded-0/encoder"])):
         out = command(tmp_path, "grpo.py", *SMALL, *argv, code=2)
         assert bad in out and out.count("\n") == 1
     corpus = data.Embedded(0, 3, domain="far")
