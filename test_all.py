@@ -1730,8 +1730,8 @@ def test_dpo_against_a_case_worked_by_hand():
         assert abs(value.item() - 0.201413) < 1e-5
         value.backward()
         assert torch.allclose(logp.grad, torch.tensor([[-0.091213, -0.091213], [0.091213, 0.0], [0.0, 0.0]]), atol=1e-5)
-        assert abs(float(loss(logp, None, mask, torch.ones(1), 0.5, 0.2)) - (0.474077 + 0.2)) < 1e-5
-        assert abs(float(loss(logp, None, mask, torch.zeros(1), 0.5, 0.2)) - 0.2) < 1e-5  # equals: nothing to prefer, still a teacher
+        assert abs(loss(logp, None, mask, torch.ones(1), 0.5, 0.2).item() - (0.474077 + 0.2)) < 1e-5
+        assert abs(loss(logp, None, mask, torch.zeros(1), 0.5, 0.2).item() - 0.2) < 1e-5  # equals: nothing to prefer, still a teacher
 
     check(dpo_loss)
     swapped = lambda logp, ref, mask, *a: dpo_loss(*(x if x is None else x[[1, 0, 2]] for x in (logp, ref, mask)), *a)
