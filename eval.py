@@ -277,11 +277,12 @@ def summary(task, refs, hyps):
     the characters, ED, the mean edits of an utterance, and EM, how many percent are exact. Else BLEU of the corpus and the means of ROUGE
     and METEOR, in percent, on normalised references and hypotheses as they are."""
     if task == "asr":
+        refs, hyps = (list(map(normalize, texts)) for texts in (refs, hyps))
         (sub, dele, ins, words), n = count_errors(refs, hyps).sum(0), len(refs)
         parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
-        spelled = [[" ".join(normalize(text).replace(" ", "_")) for text in texts] for texts in (refs, hyps)]
-        exact = 100.0 * float(np.mean([normalize(ref) == normalize(hyp) for ref, hyp in zip(refs, hyps)]))
-        return {**parts, "cer": word_error_rate(*spelled), "ed": float(sub + dele + ins) / n, "em": exact, "utterances": n, "words": int(words)}
+        cer = word_error_rate(*([" ".join(text.replace(" ", "_")) for text in texts] for texts in (refs, hyps)))  # characters as words
+        exact = 100.0 * sum(ref == hyp for ref, hyp in zip(refs, hyps)) / n
+        return {**parts, "cer": cer, "ed": float(sub + dele + ins) / n, "em": exact, "utterances": n, "words": int(words)}
     refs = list(map(normalize, refs))
     means = {k.lower(): 100 * float(np.mean([REWARDS[name](*pair) for pair in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
     return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
@@ -410,8 +411,8 @@ def mean_change(a, b):
 
 
 def agreement(hyps):
-    """Sentence BLEU of the answers to the same words in two voices: a row of counts for each group of voices (sum over all such pairs, 0, 0,
-    pairs), whose `rate` over all groups is the mean in percent; 100 if the voice changes nothing."""
+    """Sentence BLEU of the answers to the same words in two voices: a row of counts for each group of voices (sum over all such pairs,
+    0, 0, pairs), whose `rate` over all groups is the mean in percent; 100 if the voice changes nothing."""
     groups = [list(itertools.permutations(hyps[i:i + data.TAKES], 2)) for i in range(0, len(hyps), data.TAKES)]
     return np.array([(sum(sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
 
@@ -454,13 +455,14 @@ def on_recorded(table, path, flags, lang):
     kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
     extra += f" --lang {lang}" * (table["task"] == "ast")
     sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
-    named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
-    rows = [(label, named(folder), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
         table = {**table, "title": table["title"].replace("(echo)", f"(from embedded to {kind})")}
         sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
         rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
                 for label, folder, args, *_ in table["rows"]]
+    else:
+        named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
+        rows = [(label, named(folder), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
     return {**table, "rows": rows, "sets": sets}
 
 
@@ -534,7 +536,8 @@ def print_paper_table(args):
             seen[label] = drawn
             cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(names) + len(extra))
             few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
-            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {paper[column] if column < len(paper) else ''}{few}")
+            theirs = paper[column] if column < len(paper) else ""
+            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {theirs}{few}")
     print("\nthe rows' commands")
     for label, _, flags, *_ in table["rows"]:
         print(f"  {label:<22}python grpo.py {flags.replace('{s}', 'S')} --seed S")

@@ -252,7 +252,7 @@ def main():
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
-    p.add_argument("--micro", type=int, help="utterances in one backward pass; default: what keeps attention's scores small, see eval.micro_batch")
+    p.add_argument("--micro", type=int, help="utterances in one backward pass; default: see eval.micro_batch")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")

@@ -71,7 +71,7 @@ def add_arguments(p):
     p.add_argument("--task", choices=data.TASKS, default="asr", help="transcribe, translate (ast) or answer a question (sqa)")
     p.add_argument("--lang", default="de", help="--task ast: the language to translate into, of `translation` where that is an object")
     p.add_argument("--init", help="a run's stage, runs/NAME/speech: begin with its model in place of the stages before RL")
-    p.add_argument("--encoder", help="a run's stage, runs/NAME/encoder: its weights are where the stage encoder begins; CTC's output layer is new")
+    p.add_argument("--encoder", help="a run's stage, runs/NAME/encoder: begin the encoder with its weights, all but CTC's output layer")
     p.add_argument("--domain", choices=["hard", *data.OOD_PARTS], default="hard", help="with --init: the embedded audio to adapt to")
     p.add_argument("--name", help="the run's folder under runs/; default: the data's name and the seed")
     p.add_argument("--seed", type=int, default=0, help="of everything random: weights, data, sampling")
@@ -241,7 +241,7 @@ def finish_arguments(args):
     if args.domain != "hard" and (args.data or not args.init):
         data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
     if args.lang != "de" and not (args.task == "ast" and args.data):
-        data.die(f"--lang {args.lang}: is for --task ast, and the embedded corpus is translated into German alone; leave it out, or give --data")
+        data.die(f"--lang {args.lang}: is for --task ast with --data; the embedded corpus is translated into German alone")
     if not (args.views or args.data):
         data.die("--views 0: is for recorded speech; give --data")
     if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
