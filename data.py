@@ -172,9 +172,9 @@ def german_command(pattern, slots):
 TASKS = ("asr", "ast", "sqa")
 
 
-def translate_into(lang):
-    """The instruction of speech translation."""
-    return f"translate into {lang}"
+def instruct(task, lang="de", question=None):
+    """What a task's prompt says beside the speech; None for ASR, whose words are the paper's (model.INSTRUCTION)."""
+    return {"asr": None, "ast": f"translate into {lang}", "sqa": question and f"answer the question {question}"}[task]
 
 
 def pose(item, task, lang="de"):
@@ -182,14 +182,10 @@ def pose(item, task, lang="de"):
 
     ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without.
     """
-    prompt, target = None, item["text"]
-    if task == "ast":
-        target = item.get("translation")
-        prompt, target = translate_into(lang), target.get(lang) if isinstance(target, dict) else target
-    elif task == "sqa":
-        prompt, target = item.get("question"), item.get("answer")
-    item["prompt"], item["target"] = prompt, target
-    return item if target and (prompt or task == "asr") else None
+    target = item.get({"asr": "text", "ast": "translation", "sqa": "answer"}[task])
+    item["prompt"] = instruct(task, lang, item.get("question"))
+    item["target"] = target.get(lang) if isinstance(target, dict) else target
+    return item if item["target"] and (item["prompt"] or task == "asr") else None
 
 
 # What a sentence can be asked about: where it is said, with a slot for a word; the question; three wordings of the answer.
@@ -629,7 +625,8 @@ class Embedded:
 
     def dialogue(self, stream, number):
         """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
-        twentieth, RL what lies between, in TAKES voices each. No dialogue is in two; a sentence may be, with two questions."""
+        twentieth, RL what lies between, in TAKES voices each. No dialogue is in two, and of the sentences (sft.teach has
+        them in order) two at the most."""
         if not self.dialogues:
             return None
         rl, dev = len(self.dialogues) * 4 // 5, len(self.dialogues) * 19 // 20

@@ -841,7 +841,7 @@ def main():
     if args.files:
         if task == "sqa" and not args.question:
             data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
-        asked = {"asr": None, "ast": data.translate_into(lang), "sqa": args.question}[task]
+        asked = data.instruct(task, lang, args.question)
         for path in args.files:
             heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
             print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)[0]}")

@@ -874,8 +874,10 @@ def teach(args, corpus):
                 bar.update(min(len(found), args.dialogues) - bar.n)
                 if drawn > 100 * args.dialogues:
                     data.die(f"{folder}: of {drawn} dialogues {len(found)} were usable and new; give more --teacher-steps")
+        # By a hash of the sentence: so its dialogues lie together, and what is dealt out to SFT, RL and dev shares next to no sentence.
+        found = sorted(list(found.values())[:args.dialogues], key=lambda d: zlib.crc32(d["text"].encode()))
         with open(path + ".tmp", "w") as f:
-            f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in list(found.values())[:args.dialogues])
+            f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in found)
         os.replace(path + ".tmp", path)
         use_cores(args.workers)
     wait()

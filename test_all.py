@@ -1983,7 +1983,8 @@ def test_german_translations_and_answers():
         item = data.utterance("train", i, task="ast")
         assert item["target"] == data.german(item["text"]) and data.split_of(item["text"]) == "train"
         item = data.utterance("train", i, task="sqa")
-        assert (item["prompt"], item["target"]) in data.questions(item["text"])
+        assert (item["prompt"].removeprefix("answer the question "), item["target"]) in data.questions(item["text"])
+        assert item["prompt"] == f"answer the question {item['question']}"
 
 
 def test_recorded_items_without_a_target_are_left_out_and_said(tmp_path, capfd):
@@ -2548,8 +2549,10 @@ def test_teach_keeps_as_many_different_dialogues_as_asked(tmp_path, monkeypatch)
     for _ in range(2):
         sft.teach(args, corpus)
         assert asked == [256] * 3                                              # 4, 8 and 12 of them, 10 wanted
-        assert [(d["prompt"], d["text"]) for d in corpus.dialogues] == [("ab"[i % 2], f"text {i // 2}") for i in range(10)]
-        assert [d["target"] for d in corpus.dialogues] == list("1111222233")   # what was found first stays
+        assert sorted((d["text"], d["prompt"], d["target"]) for d in corpus.dialogues) == [
+            (f"text {i // 2}", "ab"[i % 2], "1111222233"[i]) for i in range(10)]             # what was found first stays
+        assert [d["text"] for d in corpus.dialogues[::2]] == [d["text"] for d in corpus.dialogues[1::2]]  # a sentence's lie together
+        assert [d["text"] for d in corpus.dialogues] != sorted(d["text"] for d in corpus.dialogues)
         corpus.dialogues = []
 
 
