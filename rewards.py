@@ -29,6 +29,7 @@ APOSTROPHES = str.maketrans("’‘ʼ´`", "'''''")
 # An apostrophe that lacks a letter on one side.  When this runs, only letters, marks, numbers, apostrophes
 # and spaces are left, so "not an apostrophe, not a space" means letter, mark or number.
 OUTER_APOSTROPHE = re.compile(r"(?<![^' ])'|'(?![^' ])")
+PLAIN = re.compile("(?:[a-z0-9]+(?: [a-z0-9]+)*)?")  # what needs no rewriting, by normalize or by BLEU's tokeniser: nearly all transcripts
 
 
 @functools.lru_cache(maxsize=None)
@@ -47,6 +48,8 @@ def normalize(text):
     straight; other punctuation, symbols and control characters go and leave no space ("1,000" is "1000").
     Letters, numbers and combining marks of every script stay.  Idempotent.  Returns a string, perhaps empty.
     """
+    if PLAIN.fullmatch(text):
+        return text
     # The first translation is for the acute, which NFKC turns into space + combining mark; the second for ŉ,
     # which NFKC turns into modifier apostrophe + n.
     text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).translate(APOSTROPHES).lower()
@@ -125,6 +128,24 @@ def _edits(ref, hyp):
     return substitutions, deletions + i, insertions + j
 
 
+def edit_distance(ref, hyp):
+    """The sum of `_edits` of two sequences, without the alignment and several times as fast: rewards are what training waits for.
+
+    A column of the table of costs as two integers: bit i of `up` (`down`) says that cost[i + 1] is cost[i] plus (minus) 1. A few
+    operations on whole integers make the next word's column (Myers 1999, in the form of Hyyro 2003).
+    """
+    where, full = {}, (1 << len(ref)) - 1
+    for i, word in enumerate(ref):
+        where[word] = where.get(word, 0) | 1 << i  # bit i: word i of ref is this one
+    up, down = full, 0                             # before the first word of hyp: costs 0, 1, 2 ..
+    for word in hyp:
+        same = where.get(word, 0)
+        diagonal = (((same & up) + up) ^ up) | same | down        # bit i: no dearer than its neighbour up and left
+        more, less = (down | full & ~(diagonal | up)) << 1 | 1, (up & diagonal) << 1        # than its left neighbour, by 1
+        up, down = full & (less | ~(diagonal | more)), more & diagonal
+    return len(hyp) + up.bit_count() - down.bit_count()
+
+
 # ------------------------------------------------------------------------------------------- word error rate
 
 
@@ -163,6 +184,8 @@ PATTERNS_13A = [(re.compile(pattern), replacement) for pattern, replacement in [
 
 
 def _tokenize_13a(text):
+    if PLAIN.fullmatch(text):
+        return text.split()
     text = text.rstrip()
     for old, new in LITERALS_13A:
         text = text.replace(old, new)
@@ -279,7 +302,8 @@ def meteor(ref, hyp, alpha=0.9, beta=3.0, gamma=0.5):
 def wer_reward(ref, hyp):
     """-(S + D + I) / N on normalised text, N = max(1, words of ref).  At most 0, and not bounded below."""
     ref, hyp = normalize(ref), normalize(hyp)
-    return -sum(edit_counts(ref, hyp)) / max(1, len(_split_words(ref)))
+    ref, hyp = ref.split(), hyp.split()
+    return -edit_distance(ref, hyp) / max(1, len(ref))
 
 
 def exact_match_reward(ref, hyp):
@@ -289,13 +313,13 @@ def exact_match_reward(ref, hyp):
 
 def edit_distance_reward(ref, hyp):
     """-(S + D + I) on normalised text, in words: an utterance weighs by its errors, whatever its length."""
-    return float(-sum(edit_counts(normalize(ref), normalize(hyp))))
+    return float(-edit_distance(normalize(ref).split(), normalize(hyp).split()))
 
 
 def character_error_reward(ref, hyp):
     """-(S + D + I) / N in characters of normalised text, N = max(1, characters of ref)."""
     ref, hyp = normalize(ref), normalize(hyp)
-    return -sum(_edits(ref, hyp)) / max(1, len(ref))
+    return -edit_distance(ref, hyp) / max(1, len(ref))
 
 
 # Rewards by name.  To add one, write a function of (ref, hyp) that returns a float, higher for better, and

@@ -149,6 +149,16 @@ def test_edit_counts_follow_the_definition():
     with pytest.raises(AssertionError):
         check(position_by_position)
 
+    def check_distance(distance):
+        rng = random.Random(0)
+        pairs = [[[rng.choice("abcd") for _ in range(rng.randrange(rng.choice((9, 90))))] for _ in range(2)] for _ in range(500)]
+        for ref, hyp in [*pairs, ("", ""), ("", "ab"), ("ab", "")]:            # over 64 words, too: integers have no width here
+            assert distance(ref, hyp) == sum(rewards._edits(ref, hyp))
+
+    check_distance(rewards.edit_distance)
+    with pytest.raises(AssertionError):
+        check_distance(lambda ref, hyp: abs(len(ref) - len(hyp)) + sum(a != b for a, b in zip(ref, hyp)))
+
 
 def test_edit_counts_of_stored_jiwer_figures():
     def check(counts):
