@@ -315,12 +315,11 @@ def main():
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
     switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "spec_augment", "max_draws",
+                "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "views", "spec_augment", "max_draws",
                 "grpo_dev_evals", "dev_size"]
     folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
-    config = {**{k: getattr(args, k) for k in switches}, "before": sft.stage_config("speech", args)}
-    each = args.accumulate * sft.world()
-    return folder, {**config, **({"accumulate": each} if each > 1 else {}), **({} if args.views else {"views": 0})}, "--rl-name"
+    config = {k: getattr(args, k) for k in switches}
+    return folder, {**config, "accumulate": args.accumulate * sft.world(), "before": sft.stage_config("speech", args)}, "--rl-name"
 
 
 def train(args, corpus):

@@ -744,17 +744,15 @@ def stage_config(stage, args):
     if args.init and stage == "speech":
         return {**{k: getattr(args, k) for k in ("init", "task", "lang", "data", "contents", "seed", "domain", "max_new")},
                 "before": read_json(os.path.join(args.init, "config.json"))}
-    return {"stage": stage, "task": args.task, "lang": args.lang, "data": args.data, "contents": args.contents, "seed": args.seed,
-            "steps": steps, "lr": lr,
-            "batch": size, "vocab": args.vocab, "accumulate": args.accumulate * world(), "muon": args.muon,
-            "dev_evals": args.dev_evals, "dev_size": args.dev_size,
-            **({"teacher_steps": args.teacher_steps, "dialogues": args.dialogues} if args.teacher_steps else {}),
-            **({} if args.views else {"views": 0}), **({"encoder": args.encoder} if args.encoder and stage == "encoder" else {}),
-            **({"models": [*map(dataclasses.asdict, (EncoderConfig(units=()), dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab)))]}
-               if stage == "encoder" else {}),
-            **({f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
-               if stage in ("speech", "control") else {}),
-            "before": before and stage_config(os.path.basename(before), args)}
+    keys = ["task", "lang", "data", "contents", "seed", "views", "teacher_steps", "dialogues", "vocab", "muon", "dev_evals", "dev_size"]
+    config = {"stage": stage, **{k: getattr(args, k) for k in keys}, "steps": steps, "lr": lr, "batch": size,
+              "accumulate": args.accumulate * world(), "before": before and stage_config(os.path.basename(before), args)}
+    if stage == "encoder":
+        models = EncoderConfig(units=()), dataclasses.replace(LLAMAS[args.llm], vocab=args.vocab)
+        config |= {"encoder": args.encoder, "models": [*map(dataclasses.asdict, models)]}
+    if stage in ("speech", "control"):
+        config |= {f"{stage}_batches": fresh, "spec_augment": args.spec_augment, "max_new": args.max_new}
+    return config
 
 
 def stages_to(last, args):

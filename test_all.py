@@ -2078,7 +2078,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
             assert torch.equal(w, weights(name)[key]), key
 
     check("broken")
-    assert "views None, now 0" in command(tmp_path, *argv, "--name", "whole", "--views", "0", code=2)
+    assert "views 1, now 0" in command(tmp_path, *argv, "--name", "whole", "--views", "0", code=2)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     run("forgetful", "nothing", 0)
     with pytest.raises(AssertionError):
