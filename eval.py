@@ -343,7 +343,7 @@ def chain(run, flags, *paper):
 
 E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"  # runs: plain, SQA, AST, RBA
 ADAPT = f"--reward wer --init runs/{E}/speech --domain far --name far-{{s}}"
-IBM = "--task {t} --algo ibm -G 8 --reward "
+IBM = "--task {t} --algo ibm --reward "
 
 
 def spoken_table(task, run, of, base, sft, grpo):
@@ -352,9 +352,9 @@ def spoken_table(task, run, of, base, sft, grpo):
     return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", bases=("SFT", "SFT continued"),
                 sets={"clean": of, "hard": "", "ood": ""}, rows=[
         ("before speech", f"{run}/read", flags, base), *chain(run, flags, sft), ("GRPO (BLEU)", f"{run}/ibm-bleu", flags, grpo),
-        ("MP-GRPO", f"{run}/mp", f"{flags} --off-policy reference --rl-name mp"),
-        ("MP-GRPO, shaped", f"{run}/mp-shaped", f"{flags} --off-policy reference --shaping 0.1 --rl-name mp-shaped"),
-        ("MP-GRPO, duplicate", f"{run}/mp-duplicate", f"{flags} --off-policy duplicate --rl-name mp-duplicate")])
+        ("MP-GRPO", f"{run}/ibm-bleu-off_policyreference", f"{flags} --off-policy reference"),
+        ("MP-GRPO, shaped", f"{run}/ibm-bleu-off_policyreference-shaping0.1", f"{flags} --off-policy reference --shaping 0.1"),
+        ("MP-GRPO, duplicate", f"{run}/ibm-bleu-off_policyduplicate", f"{flags} --off-policy duplicate")])
 
 
 # sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with.
@@ -364,15 +364,15 @@ TABLES = {
               sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all (in domain there)"}, rows=[
         *chain(E, "--reward wer", "5.48", "23.5", "10.12"),
         ("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
-        ("GRPO (WER), beta .04", f"{E}/beta", "--reward wer --beta 0.04 --rl-name beta", "5.49", "21.53", "9.47"),
+        ("GRPO (WER), beta .04", f"{E}/grpo-wer-beta0.04", "--reward wer --beta 0.04", "5.49", "21.53", "9.47"),
         ("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "5.64", "21.48", "9.51"),
         ("GRPO (EM)", f"{E}/grpo-em", "--reward em", "5.62", "22.29", "9.76"),
         ("DAPO (EM)", f"{E}/dapo-em", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
         ("DAPO (WER)", f"{E}/dapo-wer", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
         ("Dr. GRPO (EM)", f"{E}/dr_grpo-em", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
-        ("GRPO (WER), beam", f"{E}/beam", "--reward wer --rollout beam -G 6 --rl-name beam"),
-        ("GRPO (WER), G 6", f"{E}/G6", "--reward wer -G 6 --rl-name G6"),
-        ("GRPO (WER), G 10", f"{E}/G10", "--reward wer -G 10 --rl-name G10")]),
+        ("GRPO (WER), beam", f"{E}/grpo-wer-G6-rolloutbeam", "--reward wer --rollout beam -G 6"),
+        ("GRPO (WER), G 6", f"{E}/grpo-wer-G6", "--reward wer -G 6"),
+        ("GRPO (WER), G 10", f"{E}/grpo-wer-G10", "--reward wer -G 10")]),
     "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub (other conditions than its sets)",
               bases=("SFT", "SFT continued"), sets={
                   "far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
@@ -399,8 +399,8 @@ TABLES = {
           [("before speech", "read", "30.3", "", "82.6"), ("SFT, teacher's", "speech", "30.5", "", "89.3"), ("SFT continued", "control")]),
         ("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", "94.5"),
         ("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
-        ("RBA-Group, CE", f"{R}/group-ce", "--task sqa --algo rba_group --reward bleu --ce 0.2 --rl-name group-ce"),
-        ("RBA-Single, CE", f"{R}/single-ce", "--task sqa --algo rba_single --reward bleu --ce 0.2 --rl-name single-ce")]),
+        ("RBA-Group, CE", f"{R}/rba_group-bleu-ce0.2", "--task sqa --algo rba_group --reward bleu --ce 0.2"),
+        ("RBA-Single, CE", f"{R}/rba_single-bleu-ce0.2", "--task sqa --algo rba_single --reward bleu --ce 0.2")]),
 }
 
 

@@ -61,17 +61,18 @@ from rewards import REWARDS, normalize, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; without the KL its runs do not diverge, and save the reference's forward pass.
 # Dynamic sampling is DAPO's own (2503.14476); what 2509.01939 calls DAPO goes without, --no-dynamic-sampling.
-GRPO = dict(beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False,
-            dev_sampled=False)
+GRPO = dict(G=12, beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False, dev_sampled=False)
 ALGOS = {
     "grpo": GRPO,
     "dapo": GRPO | dict(eps_high=0.28, loss_norm="token", dynamic_sampling=True),
     "dr_grpo": GRPO | dict(loss_norm="constant", std=False),
-    "ibm": GRPO | dict(beta=0.02, loss_norm="token", dev_sampled=True),  # 2509.16990; its G is 8
+    "ibm": GRPO | dict(G=8, beta=0.02, loss_norm="token", dev_sampled=True),  # 2509.16990
     # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
-    **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(beta=0.1, std=False)),
+    **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(G=1, beta=0.1, std=False)),
 }
-
+# What else makes an RL run the one it is; a run's folder says which of these, and of the preset's, are not the default.
+SWITCHES = [*GRPO, "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "steps", "prompts", "updates", "lr", "grpo_muon",
+            "max_draws", "grpo_dev_evals"]
 RBA = ("rba_group", "rba_single")
 AHEAD_MOST = 500  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 500 MB
 
@@ -236,11 +237,12 @@ def gather_rollouts(model, supply, args, device, log):
     return parts
 
 
-def main():
-    """Command line: see the top of this file."""
+def parse_arguments():
+    """The command line, with the preset of --algo filled in and the RL stage's folder named."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}, or a sum: wer+0.5*em")
-    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the seven switches that follow")
+    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the eight switches that follow")
+    p.add_argument("-G", type=int, help="transcripts of an utterance, the group: 12, IBM's 8")
     p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
     p.add_argument("--eps-low", type=float, help="the clip's lower half-width")
     p.add_argument("--eps-high", type=float, help="the clip's upper half-width")
@@ -250,12 +252,11 @@ def main():
     p.add_argument("--dev-sampled", action=argparse.BooleanOptionalAction, help="judge on dev by samples, temperature 0.9, top_p 0.9")
     p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
-    p.add_argument("-G", type=int, default=12, help="transcripts of an utterance, the group")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
     p.add_argument("--micro", type=int, help="utterances in one backward pass; default: see eval.micro_batch")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
-    p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD")
+    p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: ALGO-REWARD and what is not the default, grpo-wer-beta0.04")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
     p.add_argument("--graph", action="store_true", help="on a GPU: sample by a CUDA graph, one launch a token")
@@ -267,18 +268,27 @@ def main():
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
     args = p.parse_args()
-    for key, value in ALGOS[args.algo].items():
+    defaults = {**vars(p.parse_args([])), **ALGOS[args.algo]}
+    for key in GRPO:
         if getattr(args, key) is None:
-            setattr(args, key, value)
+            setattr(args, key, defaults[key])
+    changed = [f"{key}{getattr(args, key)}" for key in SWITCHES if getattr(args, key) != defaults[key]]
+    args.rl_name = args.rl_name or "-".join([args.algo, args.reward.replace("*", "x"), *changed])
+    return args
+
+
+def main():
+    """Command line: see the top of this file."""
+    args = parse_arguments()
     try:
         parse_reward(args.reward)
     except ValueError as e:
         data.die(f"--reward {args.reward}: {e}")
     if args.algo in RBA:
-        args.G, args.teacher_steps = 1, args.teacher_steps or 600
-        unfit = args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
+        args.teacher_steps = args.teacher_steps or 600
+        unfit = args.G > 1 or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
         if args.prompts % data.TAKES or unfit:
-            data.die(f"--algo {args.algo}: --prompts in fours, one update, and no --off-policy, --dynamic-sampling, --overlong or beam")
+            data.die(f"--algo {args.algo}: --prompts in fours, G 1, one update, and no --off-policy, --dynamic-sampling, --overlong or beam")
         if args.data or args.init:
             data.die(f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init")
         if not (args.beta or args.ce):
@@ -293,7 +303,7 @@ def main():
     corpus = sft.finish_arguments(args)
     if args.overlong > args.max_new:
         data.die(f"--overlong {args.overlong}: more than the {args.max_new} tokens of --max-new")
-    if args.rl_name and (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER)):
+    if os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER):
         data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
     if args.dry_run and args.algo in RBA:
         data.die(f"--dry-run: is not for --algo {args.algo}, whose audio is invented first; leave it out")
@@ -314,10 +324,8 @@ def main():
 
 def rl_config(args):
     """The RL stage's folder, its config.json and the flag that names another folder."""
-    switches = ["reward", "algo", *ALGOS["grpo"], "steps", "prompts", "G", "updates", "lr", "grpo_muon", "rollout", "temperature",
-                "off_policy", "shaping", "overlong", "ce", "max_new", "task", "lang", "data", "seed", "views", "spec_augment", "max_draws",
-                "grpo_dev_evals", "dev_size"]
-    folder = os.path.join("runs", args.name, args.rl_name or f"{args.algo}-{args.reward}".replace("*", "x"))
+    switches = ["reward", "algo", *SWITCHES, "max_new", "task", "lang", "data", "seed", "views", "spec_augment", "dev_size"]
+    folder = os.path.join("runs", args.name, args.rl_name)
     config = {k: getattr(args, k) for k in switches}
     return folder, {**config, "accumulate": args.accumulate * sft.world(), "before": sft.stage_config("speech", args)}, "--rl-name"
 

@@ -1548,6 +1548,7 @@ def test_features_are_kept_on_disk(tmp_path, monkeypatch, capsys):
 SMALL = ("--encoder-steps 4 --batch 4 --text-steps 4 --text-batch 8 --read-steps 4 --read-batch 8 --speech-steps 7 --speech-batches 5 "
          "--dev-evals 2 --dev-size 4 "
          "--control-steps 3 --steps 3 --prompts 4 -G 4 --max-new 12 --test-size 3 --workers 0 --control-batches 2").split()
+RL = "grpo-wer-G4-steps3-prompts4"  # the folder of GRPO's stage, with those
 
 
 def command(folder, script, *argv, code=0, group=4):
@@ -1577,13 +1578,13 @@ def test_main_job_in_miniature(tmp_path):
     for word in ("clean", "hard", "ood", "SFT continued", "grpo (wer)", "95% interval", "reference"):
         assert word in out
     run = tmp_path / "runs" / "embedded-0"
-    for stage in (*sft.ORDER, "grpo-wer"):
+    for stage in (*sft.ORDER, RL):
         for name in ("config.json", "metrics.jsonl", "last.pt", "best.pt"):
             assert (run / stage / name).exists()
         assert [json.loads(line)["step"] for line in open(run / stage / "metrics.jsonl")]
-    row = json.loads(open(run / "grpo-wer" / "metrics.jsonl").readline())
+    row = json.loads(open(run / RL / "metrics.jsonl").readline())
     assert {"reward", "zero_variance", "clip", "kl", "entropy", "length", "truncated", "grad_norm", "loss"} <= row.keys()
-    result = json.load(open(run / "grpo-wer" / "result.json"))
+    result = json.load(open(run / RL / "result.json"))
     assert set(result["sets"]) == {"clean", "hard", "ood"}
     for rows in result["sets"].values():
         assert {"SFT", "SFT continued", "grpo (wer)"} == set(rows) and {"wer", "ins", "del", "sub", "interval"} <= rows["SFT"].keys()
@@ -1591,7 +1592,7 @@ def test_main_job_in_miniature(tmp_path):
     before = {s: os.path.getmtime(run / s / "last.pt") for s in sft.ORDER}
     command(tmp_path, "grpo.py", "--reward", "em", "--algo", "dapo", "--rollout", "beam", *SMALL)  # starts at GRPO
     assert before == {s: os.path.getmtime(run / s / "last.pt") for s in before}
-    assert (run / "dapo-em" / "result.json").exists()
+    assert (run / "dapo-em-G4-rolloutbeam-steps3-prompts4" / "result.json").exists()
 
     command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "2", "--read-steps", "0")  # heard once
     command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0",
@@ -1604,14 +1605,14 @@ def test_main_job_in_miniature(tmp_path):
     assert "earlier stage" in command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "8", code=2)  # control and GRPO are stale now
     command(tmp_path, "grpo.py", *SMALL)
 
-    pair = "--ckpt", str(run / "grpo-wer"), "--against", str(run / "speech")
+    pair = "--ckpt", str(run / RL), "--against", str(run / "speech")
     draw = *pair, "--sets", "clean", "--test-size", "3", "--temperature", "0.9", "--top-p", "0.9"
     sampled = [command(tmp_path, "eval.py", *draw) for _ in range(2)]
     assert sampled[0].split("]")[-1] == sampled[1].split("]")[-1]
     out = command(tmp_path, "eval.py", *pair, "--sets", "hard", "--test-size", "3")
     assert "paired bootstrap" in out and "hard: 3 utterances" in out
     soundfile.write(tmp_path / "my.wav", data.utterance("test", 0, 0, "clean")["audio"], 16000)
-    assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / "grpo-wer"), "my.wav")
+    assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run / RL), "my.wav")
 
     out = command(tmp_path, "grpo.py", *SMALL, "--llm", "8b", "--dry-run", "8", "--shard", "--recompute", "--muon", "0", "--grpo-muon", "0")
     assert "7,78" in out and "memory of each process" in out and "learning" in out  # millions of parameters; nothing was made
@@ -1619,7 +1620,7 @@ def test_main_job_in_miniature(tmp_path):
     for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]),
                       ("'nan*wer' is no reward", ["grpo.py", "--reward", "nan*wer", *SMALL]),
                       ("--lr nan", ["grpo.py", *SMALL, "--lr", "nan"]),
-                      ("--beam 0", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "0"]),
+                      ("--beam 0", ["eval.py", "--ckpt", str(run / RL), "--beam", "0"]),
                       ("--name ../out", ["grpo.py", *SMALL, "--name", "../out"]),
                       ("heard no speech", ["grpo.py", *SMALL, "--init", str(run / "text"), "--name", "deaf"]),
                       ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
@@ -1630,12 +1631,12 @@ def test_main_job_in_miniature(tmp_path):
                       ("--lang fr", ["grpo.py", *SMALL, "--task", "ast", "--lang", "fr"]),
                       ("--encoder nowhere", ["grpo.py", *SMALL, "--encoder", "nowhere"]),
                       ("--top-p 0.9", ["eval.py", "--table", "2", "--top-p", "0.9"]),
-                      ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1", "--algo", "rba_group"]),
-                      ("--dry-run", ["grpo.py", *SMALL, "--dry-run", "--algo", "rba_group"]),
+                      ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1"]),
+                      ("--dry-run", ["grpo.py", *SMALL, "-G", "1", "--dry-run", "--algo", "rba_group"]),
                       ("--against GRPO: ", ["eval.py", "--table", "2", "--against", "GRPO"]),
                       ("--flags ': ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--flags", "'", "--run"]),
-                      ("--beam 2", ["eval.py", "--ckpt", str(run / "grpo-wer"), "--beam", "2", "--temperature", "1"]),
-                      ("--rl-name", ["grpo.py", *SMALL, "--lr", "1"]),
+                      ("--beam 2", ["eval.py", "--ckpt", str(run / RL), "--beam", "2", "--temperature", "1"]),
+                      ("--rl-name", ["grpo.py", *SMALL, "--rl-name", RL, "--lr", "1"]),
                       ("--seeds a", ["eval.py", "--table", "2", "--seeds", "a"]),
                       ("no such checkpoint", ["eval.py", "--ckpt", "nowhere"]), ("not a checkpoint", ["eval.py", "--ckpt", "junk.pt"]),
                       ("no such file", ["grpo.py", *SMALL, "--data", "nowhere"])):
@@ -1647,18 +1648,18 @@ def test_main_job_in_miniature(tmp_path):
 
     again = ["grpo.py", *SMALL, "--rl-name", "again"]
     for file, damage, bad, argv in (
-            ("grpo-wer/last.pt", half, "not the checkpoint", ["grpo.py", *SMALL]),
+            (RL + "/last.pt", half, "not the checkpoint", ["grpo.py", *SMALL]),
             ("text/last.pt", lambda path: shutil.copy(run / "read" / "last.pt", path), "other settings", ["grpo.py", *SMALL]),
             ("control/config.json", half, "cannot be read", ["grpo.py", *SMALL]),
             ("control/config.json", os.remove, "other settings", ["grpo.py", *SMALL, "--control-lr", "1e-2"]),
             ("speech/best.pt", lambda path: shutil.copy(run / "text" / "best.pt", path), "of another run", again),
-            ("grpo-wer/config.json", half, "cannot be read", ["eval.py", "--ckpt", str(run / "grpo-wer")])):
+            (RL + "/config.json", half, "cannot be read", ["eval.py", "--ckpt", str(run / RL)])):
         shutil.copy(run / file, tmp_path / "whole")
         damage(run / file)
         out = command(tmp_path, *argv, code=2)
         assert bad in out and file.split("/")[1].split(".")[0] in out and out.strip().count("error: ") == 1, out
         shutil.copy(tmp_path / "whole", run / file)
-    half(run / "grpo-wer" / "metrics.jsonl")  # lost, but no reason to stop
+    half(run / RL / "metrics.jsonl")  # lost, but no reason to stop
     command(tmp_path, "grpo.py", *SMALL)
 
 
@@ -1668,7 +1669,7 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     foreign = tmp_path / "foreign.jsonl"
     lines = [json.loads(line) for line in open(f"{mine}/manifest.jsonl")]
     foreign.write_text("".join(json.dumps({"audio_filepath": f"mine/{x['audio_filepath']}", "text": x["text"]}) + "\n" for x in lines))
-    ckpt = "--ckpt", "runs/mine-0/grpo-wer"
+    ckpt = "--ckpt", "runs/mine-0/" + RL
     assert "test: 12 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", str(foreign))
     out = command(tmp_path, "eval.py", *ckpt, "--data", mine)
     assert "test: 2 utterances" in out and "train: " not in out  # which it has been trained on
@@ -1714,7 +1715,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, task):
     out = command(tmp_path, "grpo.py", "--task", task, "--reward", "bleu+0.1*rougeL", "--off-policy", "reference", *SMALL)
     assert "BLEU" in out and "METEOR" in out and "from SFT to grpo" in out
-    run = tmp_path / "runs" / f"embedded-{task}-0" / "grpo-bleu+0.1xrougeL"
+    run = tmp_path / "runs" / f"embedded-{task}-0" / "grpo-bleu+0.1xrougeL-G4-off_policyreference-steps3-prompts4"
     result = json.load(open(run / "result.json"))
     assert {"bleu", "r-1", "r-2", "r-l", "meteor"} <= result["sets"]["hard"]["SFT"].keys()
     out = command(tmp_path, "eval.py", "--ckpt", str(run), "--sets", "clean", "--test-size", "3")
@@ -1833,26 +1834,26 @@ def test_teacher_invents_nothing_of_the_test_set(monkeypatch):
 
 def test_rba_in_miniature(tmp_path):
     """The loop from the teacher's dialogues to the table, in both forms; the table names the rows that are missing."""
-    rng, small = np.random.default_rng(0), [*SMALL, "--task", "sqa", "--reward", "bleu", "--dialogues", "40"]
+    rng, small = np.random.default_rng(0), [*SMALL, "-G", "1", "--task", "sqa", "--reward", "bleu", "--dialogues", "40"]
     items = [data.posed(data.sentence_in("train", rng, False), "sqa", i) for i in range(40)]
     folder = tmp_path / "runs" / "embedded-sqa-taught-0" / "teacher"
     folder.mkdir(parents=True)
     (folder / "dialogues.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    assert "from SFT to rba_group" in command(tmp_path, "grpo.py", "--algo", "rba_group", *small)
-    command(tmp_path, "grpo.py", "--algo", "rba_single", "--ce", "0.2", "--rl-name", "single-ce", *small)
-    row = json.loads(open(folder.parent / "single-ce" / "metrics.jsonl").readline())
+    assert "from SFT to rba_group" in command(tmp_path, "grpo.py", "--algo", "rba_group", *small, "--rl-name", "rba_group-bleu")
+    command(tmp_path, "grpo.py", "--algo", "rba_single", "--ce", "0.2", *small)
+    row = json.loads(open(folder.parent / "rba_single-bleu-ce0.2-steps3-prompts4" / "metrics.jsonl").readline())
     assert row["loss"] > 0 and row["zero_variance"] < 1
     out = command(tmp_path, "eval.py", "--table", "rba", "--seeds", "0", "--test-size", "4")
     assert "Agree" in out and "missing: python grpo.py --task sqa --algo rba_single --reward bleu --seed 0" in out
     assert "RBA-Group " in out and "RBA-Single, CE" in out and "33.0" in out
-    for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"], ["--beta", "0"], ["--rollout", "beam"]):
+    for bad in (["--data", "x"], ["--updates", "2"], ["--prompts", "6"], ["--beta", "0"], ["--rollout", "beam"], ["-G", "2"]):
         assert command(tmp_path, "grpo.py", "--algo", "rba_group", *small, *bad, code=2).count("\n") == 1
 
 
 def test_adaptation_and_its_table(tmp_path):
     """--init begins with another run's model, --domain gives the audio; Table IV reads both runs."""
-    command(tmp_path, "grpo.py", *SMALL)
-    far = [*SMALL, "--init", "runs/embedded-0/speech", "--domain", "far", "--name", "far-0"]
+    command(tmp_path, "grpo.py", *SMALL, "--rl-name", "grpo-wer")
+    far = [*SMALL, "--rl-name", "grpo-wer", "--init", "runs/embedded-0/speech", "--domain", "far", "--name", "far-0"]
     out = command(tmp_path, "grpo.py", *far)
     assert "far: 3 utterances" in out
     before, after = (torch.load(tmp_path / "runs" / run / "speech" / "best.pt", weights_only=False)["model"]
@@ -1916,7 +1917,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
     here = os.path.dirname(os.path.abspath(__file__))
     flags = [*SMALL, *("--rollout beam --algo dapo --reward ed --beta 0.1 --max-draws 2 --steps 2 --updates 2 --micro 2 --muon 0 "
                        "--device cpu").split()]
-    plain, muon = ["--grpo-muon", "0"], ["--grpo-muon", "10", "--rl-name", "muon"]
+    plain, muon = ["--grpo-muon", "0", "--rl-name", "plain"], ["--grpo-muon", "10", "--rl-name", "muon"]
     monkeypatch.setattr(sft, "use_cores", lambda workers: torch.set_num_threads(1))
     command(tmp_path, "grpo.py", *flags, *plain, "--accumulate", "2", group=data.GROUP)
     command(tmp_path, "grpo.py", *flags, *muon, "--accumulate", "2", group=data.GROUP)
@@ -1956,7 +1957,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
                 near = all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"})
                 assert x.keys() == y.keys() and near, (stage, x, y)
 
-    for folder, name in ((shared, "muon"), (sharded, "dapo-ed")):
+    for folder, name in ((shared, "muon"), (sharded, "plain")):
         check(folder, ("text", "speech", "control", name))
         check_log(folder, ("text", "speech", "control", name))
     for stage in ("text", "speech"):
@@ -2051,7 +2052,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     The control forgets the random states on resuming and ends elsewhere.
     """
     folder = write_corpus(tmp_path / "corpus")
-    argv = ["grpo.py", "--data", folder, *SMALL]
+    argv = ["grpo.py", "--data", folder, *SMALL, "--rl-name", "grpo-wer"]
     monkeypatch.setattr(sft, "SAVE_SECONDS", 0)
     command(tmp_path, *argv, "--name", "whole")
     real = sft.save
@@ -2739,6 +2740,20 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
         seen.clear()
         eval_module.print_paper_table(args)
         assert seen == set(expected)
+
+
+def test_tables_look_where_their_commands_train(monkeypatch):
+    """What is not a preset's is in the name of an RL run's folder, and the rows of the tables look there; each row by a name of its own."""
+    def named(flags):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags.split()])
+        return grpo.parse_arguments().rl_name
+
+    for table in eval_module.TABLES.values():
+        rows = [row[1:3] for row in table["rows"] if row[1].split("/")[1] not in sft.ORDER]
+        assert [os.path.basename(folder) for folder, _ in rows] == [named(flags) for _, flags in rows]
+        assert len({folder for folder, _ in rows}) == len(rows)
+    assert named("--reward wer+0.5*em --algo dapo --no-dynamic-sampling --lr 1e-3") == "dapo-wer+0.5xem-dynamic_samplingFalse-lr0.001"
+    assert named("--algo dapo --eps-high 0.28 --beta 0") == "dapo-wer" and named("--rl-name mine --beta 1") == "mine"
 
 
 def test_grpo_keeps_its_best_on_dev(tmp_path, monkeypatch):
