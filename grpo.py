@@ -256,7 +256,7 @@ def parse_arguments():
     p.add_argument("--micro", type=int, help="utterances in one backward pass; default: see eval.micro_batch")
     p.add_argument("--lr", type=float, default=1e-4, help="learning rate: 5 steps of warm-up, then falling linearly to zero")
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
-    p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: as in grpo-wer-beta0.04, with what is not the default")
+    p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: such as grpo-wer-beta0.04, with what is changed")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
     p.add_argument("--graph", action="store_true", help="on a GPU: sample by a CUDA graph, one launch a token")
@@ -288,7 +288,7 @@ def main():
         args.teacher_steps = args.teacher_steps or 600
         unfit = args.G > 1 or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
         if args.prompts % data.TAKES or unfit:
-            data.die(f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, --dynamic-sampling, --overlong or beam")
+            data.die(f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, dynamic sampling, --overlong or beam")
         if args.data or args.init:
             data.die(f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init")
         if not (args.beta or args.ce):

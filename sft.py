@@ -548,7 +548,7 @@ def tokenizer_of(corpus, args):
             texts += [normalize(item["text"]) for item in corpus.items_of("train")]
         return train_tokenizer(training_targets(corpus) + texts, args.vocab)
     except RuntimeError as e:
-        data.die(f"--vocab {args.vocab}: sentencepiece makes no such tokenizer of these texts ({str(e).splitlines()[-1][-100:]}); the default is 300")
+        data.die(f"--vocab {args.vocab}: no tokenizer of that size for these texts ({str(e).splitlines()[-1][-100:]}); the default is 300")
 
 
 def new_model(corpus, args, device="cpu", **shape):
