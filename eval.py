@@ -246,13 +246,22 @@ def count_errors(refs, hyps):
     return np.array(rows).reshape(-1, 4)
 
 
-def counts_of(task, refs, hyps):
-    """(n, c) integers that add up over a corpus: count_errors for ASR, else BLEU's (bleu_counts), on normalised references."""
-    return count_errors(refs, hyps) if task == "asr" else np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
+TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "meteor"}
+
+
+def counts_of(task, refs, hyps, metric=None):
+    """(n, c) numbers that add up over a corpus and of whose sums `rate` makes a metric: the WER (count_errors) or Sub, Del or Ins of it, BLEU
+    (bleu_counts, on normalised references) or a mean of TEXT_METRICS. None: the WER for ASR, else BLEU."""
+    if metric in TEXT_METRICS:
+        return np.array([(REWARDS[TEXT_METRICS[metric]](normalize(ref), hyp), 0, 0, 1) for ref, hyp in zip(refs, hyps)])
+    if task != "asr":
+        return np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
+    parts = ("Sub", "Del", "Ins")
+    return count_errors(refs, hyps) * [*((metric not in parts or metric == part) for part in parts), 1]
 
 
 def rate(totals):
-    """Counts summed over a corpus, a row a draw of it: its WER (4 columns; or agreement) or BLEU (10), in percent."""
+    """Sums of `counts_of` over a corpus, a row a draw of it, in percent: BLEU (10 columns), else all but the last by the last."""
     if totals.shape[1] == 4:
         return 100.0 * totals[:, :3].sum(1) / np.maximum(1, totals[:, 3])
     return np.array([100.0 * bleu_of(row, False) for row in totals.tolist()])
@@ -262,9 +271,6 @@ def shortfall(task, refs, hyps):
     """What a task's dev set is judged by, lower is better: the WER, or for translations and answers 100 - BLEU."""
     score = float(rate(counts_of(task, refs, hyps).sum(0, keepdims=True))[0])
     return score if task == "asr" else 100 - score
-
-
-TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "meteor"}
 
 
 def columns(task):
@@ -505,9 +511,11 @@ def print_paper_table(args):
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     names = columns(table["task"])
+    if args.metric and args.metric not in names:
+        data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
     voices = " (on voices: Agree)" * ("voices" in table["sets"])
-    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the mean {names[0]}{voices}, with the\n"
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the mean {args.metric or names[0]}{voices}, with the\n"
           "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
     for column, (name, of) in enumerate(table["sets"].items()):
@@ -527,7 +535,7 @@ def print_paper_table(args):
                 if finished(path):
                     refs, hyps = kept_transcripts(path, name, args, ears)
                     entry = summary(table["task"], refs, hyps)
-                    counts = agreement(hyps) if extra else counts_of(table["task"], refs, hyps)
+                    counts = agreement(hyps) if extra else counts_of(table["task"], refs, hyps, args.metric)
                     figures.append([entry[c.lower()] for c in names] + [rate(counts.sum(0, keepdims=True))[0] for _ in extra])
                     recorded = where != "embedded" if where else args.data     # every seed has the same utterances there
                     drawn[s] = draws(counts, 0 if recorded else int(s))
@@ -796,6 +804,7 @@ def main():
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
     p.add_argument("--against", help="a second run, compared pairwise with the first; with --table: the rows to compare with, 'ROW;ROW'")
+    p.add_argument("--metric", choices=["Ins", "Del", "Sub", *TEXT_METRICS], help="with --table: what to compare rows by, not WER or BLEU")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
     p.add_argument("--sets", help="comma-separated sets; default: all test sets")
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")

@@ -1299,6 +1299,13 @@ def test_a_tables_columns_against_counts_by_hand():
     assert row == pytest.approx(expected)
     assert eval_module.summary("asr", ["Six,  oh", "a"], ["six oh", "b"])["em"] == 50
     assert [c.lower() in row for c in eval_module.columns("asr")] == [True] * 7
+    # What --metric compares rows by has the same value as its column.
+    refs, hyps = ["a b c d e", "b c, d e f"], ["a b d e x", "b c d z f"]
+    for task, metrics in (("asr", [None, "Ins", "Del", "Sub"]), ("sqa", [None, "R-1", "R-2", "R-L", "METEOR"])):
+        row = eval_module.summary(task, refs, hyps)
+        for metric in metrics:
+            column = (metric or eval_module.columns(task)[0]).lower()
+            assert draws(counts_of(task, refs, hyps, metric))[0] == pytest.approx(row[column]) and row[column] > 0
 
 
 def test_pieces_of_an_update_are_small_where_prompts_are_long(monkeypatch):
@@ -1633,6 +1640,7 @@ def test_main_job_in_miniature(tmp_path):
                       ("--top-p 0.9", ["eval.py", "--table", "2", "--top-p", "0.9"]),
                       ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1"]),
                       ("--dry-run", ["grpo.py", *SMALL, "-G", "1", "--dry-run", "--algo", "rba_group"]),
+                      ("--metric R-L: ", ["eval.py", "--table", "2", "--metric", "R-L"]),
                       ("--against GRPO: ", ["eval.py", "--table", "2", "--against", "GRPO"]),
                       ("--flags ': ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--flags", "'", "--run"]),
                       ("--beam 2", ["eval.py", "--ckpt", str(run / RL), "--beam", "2", "--temperature", "1"]),
