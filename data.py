@@ -29,6 +29,7 @@ SAMPLE_RATE = 16000                          # Hz, everywhere in this repository
 HOP = 80                                     # samples per synthesis frame: 5 ms
 FFT = 6 * HOP                                # a frame of 2 hops plus 20 ms for the resonances to ring out
 MAX_SECONDS = 8.0                            # longer utterances are drawn again
+LONGEST_SECONDS = 60                         # of recorded speech: attention's memory grows with the square, half a GB here
 SPLITS = {"train": 80, "dev": 10, "test": 10}                      # % of all sentences; no sentence is in two
 VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no voice is in two of these pools
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
@@ -720,7 +721,14 @@ def load_audio(path):
     if len(x) == 0 or not np.isfinite(x).all():
         die(f"{path}: holds {'no samples' if len(x) == 0 else 'samples that are not numbers'}; "
             "convert it again, or take it out of the manifest")
+    not_too_long(len(x) / rate, path)
     return resample(x.mean(1), rate, SAMPLE_RATE)
+
+
+def not_too_long(seconds, path):
+    """Ends the program at a recording over LONGEST_SECONDS, whose batch might take more memory than there is."""
+    if seconds > LONGEST_SECONDS:
+        die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
 
 def share(key):
@@ -838,6 +846,8 @@ def read_data(path, deal=True):
         items = read_librispeech(root, files)
     if not items:
         die(f"{path}: no utterances in it; it needs one line for each")
+    for item in items:
+        not_too_long(item["duration"], item["audio_filepath"])
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
@@ -877,7 +887,8 @@ class Recorded:
         self.contents = 0                    # a number for what is in it: runs on other contents are other runs
         for name, items in self.data.items():
             for item in items:
-                self.contents = zlib.crc32(f"{name} {item['id']} {item['prompt']} {item['target']}".encode(), self.contents)
+                about = [item[k] for k in ("id", "duration", "text", "prompt", "target")]
+                self.contents = zlib.crc32(f"{name} {about}".encode(), self.contents)
 
     def item(self, name, i):
         """Utterance i of a set as it is: audio None, for its features are kept on disk (eval.features)."""

@@ -48,9 +48,12 @@ def pick_device(name=None):
         data.die(f"--device {name}: give cpu, cuda or cuda:N")
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         data.die(f"--device {name}: torch sees no GPU here; leave the flag out, or give --device cpu")
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.index is not None:
-        torch.cuda.set_device(device)  # what asks for no device by name, a CUDA graph and the bench's clock, means this one
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what asks for no device by name, a CUDA graph and the bench's clock, means this one
+    except RuntimeError as e:
+        data.die(f"--device {name}: {str(e).splitlines()[0]}; give cpu, cuda or cuda:N")
     return device
 
 
@@ -99,7 +102,7 @@ def load_model(path, device="cpu"):
 
 FEATURES = os.path.join("runs", "features")  # 115 MB an hour of speech
 # What makes features is part of their key, with its code: whoever changes a line of it hears new features, not the old ones.
-MAKERS = log_mel, mel_filters, n_frames, length_mask, data.load_audio, data.resample
+MAKERS = log_mel, mel_filters, n_frames, length_mask, data.load_audio, data.not_too_long, data.resample
 RECIPE = (SAMPLE_RATE, WINDOW, HOP, N_FFT, *map(inspect.getsource, MAKERS))
 
 
@@ -250,7 +253,7 @@ TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "me
 
 
 def counts_of(task, refs, hyps, metric=None):
-    """(n, c) numbers that add up over a corpus and of whose sums `rate` makes a metric: the WER (count_errors) or Sub, Del or Ins of it, BLEU
+    """(n, c) numbers that add up over a corpus, of whose sums `rate` makes a metric: the WER (count_errors), its Sub, Del or Ins, BLEU
     (bleu_counts, on normalised references) or a mean of TEXT_METRICS. None: the WER for ASR, else BLEU."""
     if metric in TEXT_METRICS:
         return np.array([(REWARDS[TEXT_METRICS[metric]](normalize(ref), hyp), 0, 0, 1) for ref, hyp in zip(refs, hyps)])
@@ -336,9 +339,9 @@ def keep_transcripts(folder, name, source, refs, hyps):
     """Writes one model's transcripts of a test set to folder/NAME.hyps.json: what the tables of the papers are made of.
     source: the path of the recorded corpus, None for the embedded one."""
     path = os.path.join(folder, f"{name}.hyps.json")
-    with open(path + ".tmp", "w") as f:
+    with open(f"{path}.{os.getpid()}.tmp", "w") as f:  # rows of a table that run side by side write SFT's at once
         json.dump({"data": source and os.path.abspath(source), "refs": refs, "hyps": hyps}, f, indent=0)
-    os.replace(path + ".tmp", path)
+    os.replace(f.name, path)
 
 
 # ---------------------------------------------------------------------------------------------- the papers' tables
@@ -427,20 +430,22 @@ def kept_transcripts(folder, name, args, ears):
     """References and transcripts of a stage on a set, NAME of the run's own data, NAME@PATH or NAME@embedded: those that are there
     already, or made and left there now; greedy, or with --temperature one sample each.
 
-    ears: {(folder of the run, set): items with frames}, filled here; the stages of a run share their encoder.
+    ears: {(folder of the run, set): items with frames} and the corpora, filled here; the stages of a run share their encoder.
     """
     name, _, path = name.partition("@")
     config = read_json(os.path.join(folder, "config.json"))
     source = None if path == "embedded" else os.path.abspath(path) if path else config["data"]
     stem = (f"{name}-{data.name_of(source)}" if path else name) + f"-T{args.temperature}-p{args.top_p}" * (args.temperature > 0)
+    key = source, config["seed"], args.test_size, config["task"], config["lang"]
+    corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
     if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
         found = read_json(file)
-        if found["data"] == source and (source or len(found["refs"]) == args.test_size):
+        same = found["refs"] == [item["target"] for item in corpus.data[name]] if source else len(found["refs"]) == args.test_size
+        if found["data"] == source and same:
             return found["refs"], found["hyps"]
     model = load_model(folder, pick_device(args.device))
     key = os.path.dirname(folder), name, source
     if key not in ears:
-        corpus = data.open_corpus(source, config["seed"], args.test_size, config["task"], config["lang"])
         ears[key] = hear_set(model, corpus, name)
     refs = [item["target"] for item in ears[key]]
     if "max_new" not in config:  # of the stage read, which never wrote a transcript
@@ -460,15 +465,17 @@ def on_recorded(table, path, flags, lang):
     """A table's rows on recorded speech: other runs, its test sets, and nothing of the paper's to put beside them."""
     kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
     extra += f" --lang {lang}" * (table["task"] == "ast")
+    stages = {of: folder.split("/")[1] for _, folder, of, *_ in table["rows"] if not folder.endswith(("/read", "/speech", "/control"))}
+    called = lambda of: f" --rl-name {stages[of]}" if flags and of in stages else ""  # else the folder were called after `flags`, too
     sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
     if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
         table = {**table, "title": table["title"].replace("(echo)", f"(from embedded to {kind})")}
         sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
-        rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args)))
+        rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args + called(args))))
                 for label, folder, args, *_ in table["rows"]]
     else:
         named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
-        rows = [(label, named(folder), f"{args} {extra}") for label, folder, args, *_ in table["rows"]]
+        rows = [(label, named(folder), f"{args} {extra}{called(args)}") for label, folder, args, *_ in table["rows"]]
     return {**table, "rows": rows, "sets": sets}
 
 
@@ -515,8 +522,8 @@ def print_paper_table(args):
         data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
     voices = " (on voices: Agree)" * ("voices" in table["sets"])
-    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}. Changes are of the mean {args.metric or names[0]}{voices}, with the\n"
-          "95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {args.metric or names[0]}{voices},"
+          " with the 95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
     for column, (name, of) in enumerate(table["sets"].items()):
         test, _, where = name.partition("@")  # where: a corpus that is not the run's own
@@ -806,7 +813,7 @@ def main():
     p.add_argument("--against", help="a second run, compared pairwise with the first; with --table: the rows to compare with, 'ROW;ROW'")
     p.add_argument("--metric", choices=["Ins", "Del", "Sub", *TEXT_METRICS], help="with --table: what to compare rows by, not WER or BLEU")
     p.add_argument("--data", help="LibriSpeech-style tree or JSON-lines manifest; default: the run's")
-    p.add_argument("--sets", help="comma-separated sets; default: all test sets")
+    p.add_argument("--sets", help="comma-separated sets; default: those of the run's table")
     p.add_argument("--seed", type=int, help="seed of the embedded corpus; default: the run's")
     p.add_argument("--test-size", type=int, default=400, help="utterances of each embedded test set")
     p.add_argument("--beam", type=int, default=1, help="1 is greedy")
@@ -834,6 +841,10 @@ def main():
         data.die(f"--beam {args.beam}: not with --temperature or --table; leave one of them out")
     if args.top_p != 1 and not args.temperature:
         data.die(f"--top-p {args.top_p}: is of samples; give --temperature, too")
+    unfit = [flag for flag in ("ckpt", "files", "sets", "max_new", "seed") if getattr(args, flag) not in (None, [])] if args.table else [
+        flag for flag in ("run", "metric", "flags") if getattr(args, flag)]
+    if unfit:
+        data.die(f"--{unfit[0].replace('_', '-')}: is not for {'--table' if args.table else '--ckpt'}; leave one of the two out")
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:
@@ -856,7 +867,8 @@ def main():
             print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)[0]}")
         return
 
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, train=known)
+    domain = of_run.get("domain") or (of_run.get("before") or {}).get("domain", "hard")
+    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, domain, train=known)
     names = args.sets.split(",") if args.sets else corpus.tests
     for name in names:
         if name not in corpus.sets:

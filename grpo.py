@@ -248,7 +248,7 @@ def parse_arguments():
     p.add_argument("--eps-high", type=float, help="the clip's upper half-width")
     p.add_argument("--loss-norm", choices=["sequence", "token", "constant"], help="what a token weighs: see Eq. 3")
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
-    p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw until --prompts groups vary")
+    p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw more for groups that do not vary")
     p.add_argument("--dev-sampled", action=argparse.BooleanOptionalAction, help="judge on dev by samples, temperature 0.9, top_p 0.9")
     p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
@@ -264,7 +264,7 @@ def parse_arguments():
     p.add_argument("--shaping", type=float, default=0.0, help="with --off-policy reference: LUFFY's p / (p + SHAPING), 0.1 there")
     p.add_argument("--overlong", type=int, default=0, help="DAPO's soft punishment of the last so many tokens before --max-new")
     p.add_argument("--ce", type=float, default=0.0, help="RBA: weight of the teacher's cross entropy, in place of the reference model")
-    p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for one step")
+    p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for each one of a step")
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
     args = p.parse_args()
@@ -297,6 +297,8 @@ def main():
         data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
     elif args.G < 2:
         data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
+    if args.off_policy == "duplicate" and args.rollout == "beam":
+        data.die("--off-policy duplicate: no two beams are equal; leave out --rollout beam")
     if args.shaping and args.off_policy != "reference":
         data.die(f"--shaping {args.shaping}: is for --off-policy reference")
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
@@ -432,10 +434,9 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
     if args.shard and reference is not None and pieces:
         reference.reset_iter_state()
-    loss, held, kl, entropy, seen = sft.summed(figures, device)
-    row.update(loss=loss, grad_norm=float(norm), **{k: v / max(1.0, seen) for k, v in (("clip", held), ("kl", kl), ("entropy", entropy))})
-    if reference is None:
-        row["kl"] = None  # not measured
+    loss, held, kl, entropy, seen = sft.summed(figures, device)  # of the groups that are learned from
+    row.update(loss=loss, grad_norm=float(norm), clip=held / max(1, seen), kl=kl / seen if reference is not None and seen else None,
+               entropy=entropy / seen if seen else None)  # None: not measured
 
 
 def report(args, corpus, folder):

@@ -21,8 +21,8 @@ as speech's, so words are learned from their sounds at little cost, and speech h
 Many processes: `torchrun --nproc_per_node N sft.py ..` (and grpo.py). Each takes its own batches, --accumulate of them a step, the
 gradients are summed over all (DistributedDataParallel), and the first process alone looks at dev, writes and prints. So N processes are
 one with N times the --accumulate, to the last digits but for what is drawn at random (masks, samples), which each draws for itself, and
-anew when a run is resumed. With --shard (FSDP2) each keeps but its part of the decoder, of its gradients and of AdamW's moments; all of
-the weights only while it samples.
+anew when a run is resumed, and for dynamic sampling, which draws N batches at a time. With --shard (FSDP2) each keeps but its part of
+the decoder, of its gradients and of AdamW's moments; all of the weights only while it samples.
 
 Letters: B utterances, T frames, U tokens of a transcript with its <EOS>.
 """
@@ -30,10 +30,12 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import json
 import math
 import os
+import sys
 import time
 import zlib
 
@@ -206,7 +208,8 @@ def full(state):
     if isinstance(state, list):
         return [full(v) for v in state]
     if isinstance(state, DTensor):
-        state = state.full_tensor().cpu() if rank() == 0 else state.full_tensor()[:0]
+        whole = state.full_tensor()
+        state = whole.cpu() if rank() == 0 else whole.new_empty(0)
     return state
 
 
@@ -259,8 +262,14 @@ def finish_arguments(args):
         kept.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
-    if args.max_new is None:
-        args.max_new = 2 * max(len(ids) + 1 for ids in load_tokenizer(tokenizer_of(corpus, args)).encode(training_targets(corpus)))
+    if args.init or args.max_new is None:
+        tokenizer = load_tokenizer(tokenizer_of(corpus, args))
+        targets = tokenizer.encode(training_targets(corpus))
+        unknown = sum(tokenizer.unk_id() in ids for ids in targets)
+        if unknown and rank() == 0:
+            print(f"--init {args.init}: its tokenizer lacks letters of {unknown} of {len(targets)} targets, whose words it cannot write",
+                  file=sys.stderr)
+        args.max_new = args.max_new or 2 * max(len(ids) + 1 for ids in targets)
     return corpus
 
 
@@ -295,8 +304,26 @@ def check_config(folder, config, remedy="--name"):
             data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
 
 
+def take_turns(folder):
+    """Waits until no other program trains in a folder, as when rows of a table run side by side and share SFT and control; it is this
+    program's until it goes on to another folder, or ends."""
+    while LOCK:
+        fcntl.flock(LOCK.pop(), fcntl.LOCK_UN)  # as closing it would not: workers hold it open, too
+    LOCK.append(open(os.path.join(folder, "lock"), "w"))
+    try:
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: waiting for the program that trains there", file=sys.stderr)
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX)
+
+
 def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns the row of metrics that last.pt holds, {"step": 0} in a new run."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # no right to write: said below; no locks on that disk: then without
+            os.makedirs(folder, exist_ok=True)
+            take_turns(folder)
+    wait()
     check_config(folder, config, remedy)
     path, last = (os.path.join(folder, name) for name in ("config.json", "last.pt"))
     row = last_state(folder, json.loads(json.dumps(config)))["row"] if os.path.exists(last) else {"step": 0}
@@ -377,7 +404,7 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
         row.pop("dev", None)
         yield row
         row["step"], end = step + 1, step + 1 == steps
-        bar.set_postfix({**{name: f"{row[key]:.3f}" for name, key in shown.items()}, "dev": f"{best:.2f}"})
+        bar.set_postfix({**{name: f"{row[key]:.3f}" for name, key in shown.items() if row[key] is not None}, "dev": f"{best:.2f}"})
         if end or (step + 1) % max(1, steps // looks) == 0:
             row["dev"], best = look_at_dev(model, folder, run, best, score)
         began = time.time()
@@ -460,6 +487,7 @@ def cosine(step, steps, warmup):
 # ---------------------------------------------------------------------------------------------- data for a stage
 MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 600 MB
 HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; some 500 MB
+LOCK = []   # the open file by which this program holds a stage's folder
 AHEAD = {}  # key -> the iterator that will yield it: what the workers hear during a stage for the stage after it
 
 
@@ -710,7 +738,8 @@ def dev_score(stage, model, dev, corpus, device, max_new, sampled=False):
     with torch.random.fork_rng():  # the same slips of spelling or samples every time, and none of training's numbers used up
         torch.manual_seed(0)
         if stage in ("text", "read"):
-            total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
+            with autocast(device):  # FSDP's gathered weights are bf16 on a GPU
+                total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
             return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
         hyps = transcribe(model, dev, max_new=max_new, **SAMPLED if sampled else {})
     return shortfall(corpus.task, [item["target"] for item in dev], hyps)
@@ -939,6 +968,8 @@ def main():
     p.add_argument("--stage", choices=ORDER, default="speech", help="the last stage to run; those before it are run or reused")
     add_arguments(p)
     args = p.parse_args()
+    if args.init and args.stage not in ("speech", "control"):
+        data.die(f"--stage {args.stage}: --init brings these stages; give speech or control")
     corpus = finish_arguments(args)
     if args.dry_run:
         return print_plan(args, corpus, args.batch, samples=False)

@@ -961,7 +961,8 @@ def test_read_stage_spells_in_mean_frames_and_trains_the_projection(monkeypatch)
     assert model.projection.weight.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
     asked, embed = [], model.embed_prompt
     monkeypatch.setattr(model, "embed_prompt", lambda frames, n, prompts: asked.append(prompts) or embed(frames, n, prompts))
-    for task, prompts in (("asr", [None] * 4), ("ast", ["translate into de"] * 4), ("sqa", ["how many words are there", None] * 2)):
+    for task, prompts in (("asr", [None] * 4), ("ast", ["translate into de"] * 4),
+                          ("sqa", ["answer the question how many words are there", None] * 2)):
         items = [data.posed(text, task, 2) for text in ("stop the timer in one hours", "call ann") * 2]
         written = []
         monkeypatch.setattr(sft, "targets_of", lambda model, texts, device: written.append(texts) or targets_of(model, texts, device))
@@ -1640,6 +1641,11 @@ def test_main_job_in_miniature(tmp_path):
                       ("--top-p 0.9", ["eval.py", "--table", "2", "--top-p", "0.9"]),
                       ("--shaping 0.1", ["grpo.py", *SMALL, "--shaping", "0.1"]),
                       ("--dry-run", ["grpo.py", *SMALL, "-G", "1", "--dry-run", "--algo", "rba_group"]),
+                      ("--off-policy duplicate", ["grpo.py", *SMALL, "--off-policy", "duplicate", "--rollout", "beam"]),
+                      ("--stage read", ["sft.py", "--init", str(run / "speech"), "--name", "deaf", "--stage", "read"]),
+                      ("--device cpu:x", ["eval.py", "--ckpt", str(run / RL), "--device", "cpu:x"]),
+                      ("--sets: ", ["eval.py", "--table", "2", "--sets", "hard"]),
+                      ("--run: ", ["eval.py", "--ckpt", str(run / RL), "--run"]),
                       ("--metric R-L: ", ["eval.py", "--table", "2", "--metric", "R-L"]),
                       ("--against GRPO: ", ["eval.py", "--table", "2", "--against", "GRPO"]),
                       ("--flags ': ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--flags", "'", "--run"]),
@@ -1681,9 +1687,14 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     assert "test: 12 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", str(foreign))
     out = command(tmp_path, "eval.py", *ckpt, "--data", mine)
     assert "test: 2 utterances" in out and "train: " not in out  # which it has been trained on
-    with open(f"{mine}/manifest.jsonl", "a") as f:
-        f.write(json.dumps({**lines[0], "text": "six"}) + "\n")
-    assert f"other contents of {mine}" in command(tmp_path, "grpo.py", "--data", mine, *SMALL, code=2)
+    init = "--init", "runs/mine-0/speech", "--name", "new", "--data", mine, *SMALL
+    for change, expected in (({"text": "six"}, f"other contents of {mine}"), ({"duration": 0.5}, f"other contents of {mine}"),
+                             ({"duration": 61}, "61 s long; cut it"), ({"text": "quiz"}, "its tokenizer lacks letters of")):
+        with open(f"{mine}/manifest.jsonl", "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in (*lines, {**lines[0], **change}))
+        known = "lacks" not in expected
+        out = command(tmp_path, "grpo.py", *(["--data", mine, *SMALL] if known else [*init, "--dry-run"]), code=2 if known else 0)
+        assert expected in out
 
 
 ORPHANS = """
@@ -2334,6 +2345,48 @@ def test_dev_is_judged_by_samples_where_asked(tmp_path, monkeypatch):
     assert seen == [True]
 
 
+WAITING = """
+import sys, sft
+sft.take_turns(".")
+print("mine", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_programs_take_turns_in_a_folder(tmp_path):
+    """Of two programs that want to train in one folder the second waits until the first goes on to another, or is killed."""
+    (tmp_path / "other").mkdir()
+    here = os.path.dirname(os.path.abspath(__file__))
+    start = lambda: subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": here})
+    try:
+        sft.take_turns(str(tmp_path))
+        second = start()
+        assert "waiting" in second.stderr.readline()
+        sft.take_turns(str(tmp_path / "other"))
+        assert second.stdout.readline() == "mine\n"
+        third = start()
+        assert "waiting" in third.stderr.readline()
+        second.kill()
+        assert third.stdout.readline() == "mine\n"
+        third.communicate("")
+    finally:
+        sft.LOCK.clear()
+
+
+@pytest.mark.parametrize("stage", ["text", "read", "speech"])
+def test_dev_is_judged_in_the_precision_of_training(stage, monkeypatch):
+    """Under autocast, a CPU's here: FSDP's gathered weights are bf16 on a GPU, and the residuals are not."""
+    model, seen = tiny_model(), []
+    model.llm.register_forward_pre_hook(lambda *a: seen.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(sft, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(eval_module, "autocast", sft.autocast)
+    items = [{**item, "frames": torch.zeros(9, 16)} for item in as_items(TEXTS[:3])]
+    monkeypatch.setattr(sft, "spelled", lambda model, texts, corpus: (torch.zeros(len(texts), 9, 16), torch.full((len(texts),), 9)))
+    sft.dev_score(stage, model, items, argparse.Namespace(task="asr"), "cpu", 3)
+    assert seen and all(seen)
+
+
 def test_of_equals_on_dev_the_later_is_kept(tmp_path):
     """look_at_dev: a score as good as the best so far makes a new best.pt, a worse one does not."""
     model = tiny_model()
@@ -2672,7 +2725,10 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
         heard.append((corpus.where, corpus.seed, name))
         return [{"target": f"{corpus.where} {corpus.seed}"}] * corpus.size
 
-    monkeypatch.setattr(data, "open_corpus", lambda path, seed, size, task, lang: argparse.Namespace(where=path, seed=seed, size=size))
+    def open_corpus(path, seed, size, task, lang):
+        return argparse.Namespace(where=path, seed=seed, size=size, data={"test": [{"target": f"{path} {seed}"}] * size})
+
+    monkeypatch.setattr(data, "open_corpus", open_corpus)
     monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
     monkeypatch.setattr(eval_module, "hear_set", hear_set)
     monkeypatch.setattr(eval_module, "transcribe", lambda _, items, max_new, **how: ["{temperature} {top_p}".format(**how)] * len(items))
@@ -2694,9 +2750,10 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     sampled = dict(temperature=0.9, top_p=0.8)                                 # beside the greedy ones
     assert [kept(folders[0], "clean", 5, 1, **how)[0] for how in ({}, sampled, {}, sampled)] == ["0.0 1.0", "0.9 0.8"] * 2
     monkeypatch.chdir(tmp_path)
-    eval_module.keep_transcripts("a-3/speech", "test", "c", ["here"], ["x"])      # by a relative path
     (folders[0] / "config.json").write_text(json.dumps({"data": str(tmp_path / "c"), "seed": 3, "task": "asr", "lang": "de", "max_new": 9}))
-    assert kept(folders[0], "test") == ["here"]
+    for refs, hyps in (([f"{tmp_path}/c 3"] * 2, ["x"] * 2), (["of an older manifest"] * 2, ["0.0 1.0"] * 2)):
+        eval_module.keep_transcripts("a-3/speech", "test", "c", refs, ["x"] * 2)  # by a relative path
+        assert kept(folders[0], "test", part=1) == hyps
 
 
 def test_intervals_are_of_95_percent_and_of_independent_seeds():
@@ -2723,14 +2780,16 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     (tmp_path / "corp" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "corp")
     table = {name: eval_module.on_recorded(eval_module.TABLES[name], path, "--vocab 90", "fr") for name in ("2", "4", "ast")}
-    assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90")
+    assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90 --rl-name grpo-wer")
+    assert len({row[2] for row in table["2"]["rows"]}) == 10                   # SFT's two rows are made on GRPO's way
     assert table["ast"]["rows"][0][1] == "corp-ast-fr-{s}/read"
     assert [eval_module.ast_name(lang) for lang in ("de", "fr")] == ["ast", "ast-fr"]
-    assert all(row[2].endswith(f" --data {path} --vocab 90 --lang fr") for row in table["ast"]["rows"])
+    assert all(f" --data {path} --vocab 90 --lang fr --rl-name ibm-bleu" in row[2] for row in table["ast"]["rows"])
+    assert not any("rl-name" in row[2] for row in eval_module.on_recorded(eval_module.TABLES["2"], path, "", "de")["rows"])
     assert list(table["2"]["sets"]) == ["test", "far"]
     assert list(table["4"]["sets"]) == [f"test@{path}", f"far@{path}", "clean@embedded", "hard@embedded"]
     assert table["4"]["rows"][0][1:3] == ("embedded-{s}/speech", "--reward wer")
-    flags = f"--reward wer --init runs/embedded-{{s}}/speech --data {path} --vocab 90 --name corp-from-{{s}}"
+    flags = f"--reward wer --init runs/embedded-{{s}}/speech --data {path} --vocab 90 --name corp-from-{{s}} --rl-name grpo-wer"
     assert [row[1:3] for row in table["4"]["rows"]][1:] == [("corp-from-{s}/control", flags), ("corp-from-{s}/grpo-wer", flags)]
 
     seen, name = set(), [None]
@@ -2738,7 +2797,7 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
     monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
     args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0,
-                              against=None)
+                              against=None, metric=None)
     for args.table, args.data, expected in (("2", path, [("test", 8, 0), ("far", 8, 0)]),
                                             ("4", path, [(f"{x}@{path}", 8, 0) for x in ("test", "far")]
                                              + [(f"{x}@embedded", 8, s) for x in ("clean", "hard") for s in (0, 1)]),
@@ -2907,7 +2966,9 @@ def test_shards_are_of_the_first_process_and_let_go_after_sampling(tmp_path):
         parts.append(held())
         together = score()
         parts.append(held())
-        return parts, alone, together, sft.full(model.state_dict())
+        whole = sft.full(model.state_dict())
+        kept = sum(whole[name].untyped_storage().nbytes() for name, value in model.state_dict().items() if isinstance(value, sft.DTensor))
+        return parts, alone, together, whole, kept
 
     first, second = in_two_processes(tmp_path, job)
     model = tiny_model(seed=0)
@@ -2916,6 +2977,7 @@ def test_shards_are_of_the_first_process_and_let_go_after_sampling(tmp_path):
     for logps in (first[1], first[2], second[2]):
         torch.testing.assert_close(logps, model.token_logps(tokens)[0])
     assert all(torch.equal(first[3][name], value) for name, value in model.state_dict().items())
+    assert second[4] == 0 < first[4]                                           # no other process keeps what it helped to gather
     assert not torch.equal(tiny_model(seed=1).llm.embed.weight, model.llm.embed.weight)       # the control: the second began elsewhere
 
 
@@ -2949,4 +3011,4 @@ def test_a_first_step_in_which_no_group_varies(tmp_path):
         return row
 
     for row in in_two_processes(tmp_path, job):
-        assert row["loss"] == row["kl"] == 0
+        assert row["loss"] == 0 and row["kl"] is None and row["entropy"] is None
