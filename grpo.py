@@ -28,8 +28,8 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers y to the same speech x, as Reinforced Behavior Alignment
                   has it (RBA, 2509.03526):
                   loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
-    rba_group     one sample for each of 4 voices that say the same; y_w is the best by --reward, against the teacher's answer, y_l the
-                  worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
+    rba_group     one sample for each of 4 voices that say the same; y_w is the best by --reward (scored against the teacher's
+                  answer), y_l the worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
     rba_single    y_w is the teacher's answer, y_l a sample
     --ce X        in both: no reference model, but X times the cross entropy of the teacher's answer, nats a token
 
@@ -405,30 +405,30 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
 
-            def score(model):
+            def logps_of(model):
                 prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
                 return model.token_logps(tokens, prompt, 1.0 if args.algo in RBA else args.temperature)
 
             with sft.sync(model, last=i + 1 == len(pieces)), autocast(device):
-                logp, entropy = model(score)
+                logp, entropy = model(logps_of)  # logps_of(model), by way of forward, where DDP and FSDP come in
                 ref = None
                 if reference is not None:
                     with torch.no_grad():
-                        ref, _ = reference(score)
+                        ref, _ = reference(logps_of)
             if u == 0:
                 old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
             if args.algo in RBA:
                 pairs = n_sequences / G
-                loss, clip = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / pairs, 0
+                loss, held = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / pairs, 0
             else:
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
-                loss, clip = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
+                loss, held = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
                                          args.shaping)
             real = float(i < n_real)
             (loss * (real * sft.world())).backward()  # a sum over the processes, of which DDP and FSDP take the mean
             with torch.no_grad():
                 kl = k3(ref, logp, mask).sum() if ref is not None else 0
-                figures += real * np.array([float(x) for x in (loss, clip, kl, (entropy * mask).sum(), mask.sum())])
+                figures += real * np.array([float(x) for x in (loss, held, kl, (entropy * mask).sum(), mask.sum())])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if n_pieces:  # else there are no gradients, or DDP's zeros, on which AdamW would move
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)

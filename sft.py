@@ -4,7 +4,7 @@
     python sft.py --stage text            # the Llama learns to write: next token on text, Eq. 1 of 2509.01939
     python sft.py --stage read            # projection and Llama learn to read spelled-out text, one frame a phone
     python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
-    python sft.py --stage control         # more of the same, the yardstick that GRPO has to beat
+    python sft.py --stage control         # SFT goes on, on GRPO's audio: the yardstick that GRPO has to beat
 
 Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that
 was best on dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished
