@@ -29,7 +29,7 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
                   has it (RBA, 2509.03526):
                   loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
     rba_group     one sample for each of 4 voices that say the same; y_w is the best by --reward (scored against the teacher's
-                  answer), y_l the worst. The paper does not say whose x: here the worst one's voice, which is to be answered as the best was
+                  answer), y_l the worst. The paper does not say whose x: here the worst one's voice, to be answered as the best was
     rba_single    y_w is the teacher's answer, y_l a sample
     --ce X        in both: no reference model, but X times the cross entropy of the teacher's answer, nats a token
 
