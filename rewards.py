@@ -195,14 +195,20 @@ def _tokenize_13a(text):
     return text.split()
 
 
+@functools.lru_cache(maxsize=1024)  # the samples of a group share their reference
+def _ngrams(text):
+    """How many tokens a text has, and for n = 1..4 how often each of its n-grams is there."""
+    tokens = _tokenize_13a(text)
+    return len(tokens), [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, MAX_ORDER + 1)]
+
+
 def bleu_counts(ref, hyp):
     """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]: they add up over a corpus."""
-    ref, hyp = _tokenize_13a(ref), _tokenize_13a(hyp)
-    counts = [len(ref), len(hyp)]
-    for n in range(1, MAX_ORDER + 1):
-        ref_ngrams, hyp_ngrams = (Counter(zip(*(tokens[i:] for i in range(n)))) for tokens in (ref, hyp))
-        counts.append(sum((ref_ngrams & hyp_ngrams).values()))  # & takes minima: the clipped counts
-        counts.append(max(0, len(hyp) - n + 1))
+    (ref_length, ref_ngrams), (length, ngrams) = _ngrams(ref), _ngrams(hyp)
+    counts = [ref_length, length]
+    for n, (wanted, said) in enumerate(zip(ref_ngrams, ngrams), 1):
+        counts.append(sum(min(times, wanted[gram]) for gram, times in said.items() if gram in wanted))  # clipped counts
+        counts.append(max(0, length - n + 1))
     return counts
 
 
