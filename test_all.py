@@ -21,6 +21,7 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
@@ -281,6 +282,7 @@ def test_bleu_agrees_with_sacrebleu_on_random_strings():
 
 
 def test_normalize():
+    assert rewards.normalize("Six OH") == "six oh" and rewards.normalize("six  oh ") == "six oh" and rewards.normalize("six oh") == "six oh"
     for text, expected in [
         ("  Hello,\tWORLD!\n", "hello world"),
         ("It’s the dogs' ‘bone’ -- rock 'n' roll", "it's the dogs bone rock n roll"),
@@ -1691,7 +1693,7 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     for change, expected in (({"text": "six"}, f"other contents of {mine}"), ({"duration": 0.5}, f"other contents of {mine}"),
                              ({"duration": 61}, "61 s long; cut it"), ({"text": "quiz"}, "its tokenizer lacks letters of")):
         with open(f"{mine}/manifest.jsonl", "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in (*lines, {**lines[0], **change}))
+            f.writelines(json.dumps(line) + "\n" for line in ({**lines[0], **change}, *lines[1:]))
         known = "lacks" not in expected
         out = command(tmp_path, "grpo.py", *(["--data", mine, *SMALL] if known else [*init, "--dry-run"]), code=2 if known else 0)
         assert expected in out
@@ -2357,21 +2359,30 @@ def test_programs_take_turns_in_a_folder(tmp_path):
     """Of two programs that want to train in one folder the second waits until the first goes on to another, or is killed."""
     (tmp_path / "other").mkdir()
     here = os.path.dirname(os.path.abspath(__file__))
-    start = lambda: subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": here})
+    started = []
+
+    def start():
+        started.append(subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": here}))
+        timer = threading.Timer(60, started[-1].kill)                          # a line that never comes is then an empty one
+        timer.daemon = True
+        timer.start()
+        return started[-1].stdout.readline
+
     try:
         sft.take_turns(str(tmp_path))
         second = start()
-        assert "waiting" in second.stderr.readline()
+        assert "waiting" in second()
         sft.take_turns(str(tmp_path / "other"))
-        assert second.stdout.readline() == "mine\n"
+        assert second() == "mine\n"
         third = start()
-        assert "waiting" in third.stderr.readline()
-        second.kill()
-        assert third.stdout.readline() == "mine\n"
-        third.communicate("")
+        assert "waiting" in third()
+        started[0].kill()
+        assert third() == "mine\n"
     finally:
         sft.LOCK.clear()
+        for process in started:
+            process.kill()
 
 
 @pytest.mark.parametrize("stage", ["text", "read", "speech"])
