@@ -313,10 +313,11 @@ class SpeechLM(nn.Module):
         hidden = self.extend(torch.cat([start, targets[:, :-1]], dim=1), prompt)          # (N, T, D)
 
         def score(hidden, targets):
-            logits = self.llm.logits(hidden) / temperature                     # (N, T, V)
+            logits = self.llm.logits(hidden)                                   # (N, T, V), often the largest tensor: few passes over it
+            logits = logits if temperature == 1 else logits / temperature
             norm = logits.logsumexp(-1)
             with torch.no_grad():
-                entropy = norm - (logits.softmax(-1) * logits).sum(-1)
+                entropy = norm - logits.softmax(-1).mul_(logits).sum(-1)
             return logits.gather(-1, targets[..., None])[..., 0] - norm, entropy
 
         chunk = chunk or max(1, 2**26 // (len(targets) * self.llm.config.vocab))

@@ -197,18 +197,26 @@ def _tokenize_13a(text):
 
 @functools.lru_cache(maxsize=1024)  # the samples of a group share their reference
 def _ngrams(text):
-    """How many tokens a text has, and for n = 1..4 how often each of its n-grams is there."""
+    """How many tokens a text has, and how often each of its n-grams, n = 1..4, is there."""
     tokens = _tokenize_13a(text)
-    return len(tokens), [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, MAX_ORDER + 1)]
+    return len(tokens), Counter(gram for n in range(1, MAX_ORDER + 1) for gram in zip(*(tokens[i:] for i in range(n))))
 
 
 def bleu_counts(ref, hyp):
     """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]: they add up over a corpus."""
-    (ref_length, ref_ngrams), (length, ngrams) = _ngrams(ref), _ngrams(hyp)
-    counts = [ref_length, length]
-    for n, (wanted, said) in enumerate(zip(ref_ngrams, ngrams), 1):
-        counts.append(sum(min(times, wanted[gram]) for gram, times in said.items() if gram in wanted))  # clipped counts
-        counts.append(max(0, length - n + 1))
+    (ref_length, wanted), tokens = _ngrams(ref), _tokenize_13a(hyp)
+    left, matched = dict(wanted), [0] * MAX_ORDER
+    for i in range(len(tokens)):
+        for n in range(min(MAX_ORDER, len(tokens) - i)):
+            gram = tuple(tokens[i:i + n + 1])
+            if gram not in left:  # then no longer one that begins here is there either
+                break
+            if left[gram]:        # clipped: no more often than in the reference
+                left[gram] -= 1
+                matched[n] += 1
+    counts = [ref_length, len(tokens)]
+    for n, match in enumerate(matched):
+        counts += [match, max(0, len(tokens) - n)]
     return counts
 
 
