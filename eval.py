@@ -21,6 +21,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -44,17 +45,14 @@ from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, nor
 # ---------------------------------------------------------------------------------------------- loading
 def pick_device(name=None):
     """"cuda" where there is a GPU, else "cpu", unless a name is given. One that is not there ends the program."""
-    if name and name.split(":")[0] not in ("cpu", "cuda"):
-        data.die(f"--device {name}: give cpu, cuda or cuda:N")
-    if name and name.startswith("cuda") and not torch.cuda.is_available():
-        data.die(f"--device {name}: torch sees no GPU here; leave the flag out, or give --device cpu")
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what asks for no device by name, a CUDA graph and the bench's clock, means this one
-    except RuntimeError as e:
-        data.die(f"--device {name}: {str(e).splitlines()[0]}; give cpu, cuda or cuda:N")
-    return device
+    there = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+    with contextlib.suppress(RuntimeError):  # no device's name, or no such GPU
+        device = torch.device(name or there[-1])
+        if device.type in there:
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # what asks for no device by name, a CUDA graph and the bench's clock, means this one
+            return device
+    data.die(f"--device {name}: not here, or not to be used; give cpu, cuda or cuda:N, or leave the flag out")
 
 
 def autocast(device):
@@ -65,11 +63,8 @@ def autocast(device):
 def read_json(path):
     """What a .json file of a run holds. A file that is damaged ends the program."""
     try:
-        found = json.loads(Path(path).read_text())
-        if isinstance(found, dict):
-            return found
-        raise ValueError("no object")
-    except (OSError, ValueError) as e:
+        return {**json.loads(Path(path).read_text())}
+    except (OSError, ValueError, TypeError) as e:  # TypeError: of what is JSON, but no object
         data.die(f"{path}: cannot be read ({e}); remove {os.path.dirname(path)} to make it again, or put the file back")
 
 
@@ -83,8 +78,16 @@ def read_log(folder):
     return rows
 
 
+def finished(folder):
+    """Whether a stage has come to its end: a checkpoint that was best so far is there before."""
+    if not os.path.exists(os.path.join(folder, "best.pt")):
+        return False
+    steps = read_json(os.path.join(folder, "config.json")).get("steps")  # none for --init
+    return not steps or [row["step"] for row in read_log(folder)[-1:]] == [steps]
+
+
 def load_model(path, device="cpu"):
-    """A run's folder (its best.pt) or a checkpoint file -> SpeechLM in evaluation mode. Bad input ends the program."""
+    """A run's folder (its best.pt) or a checkpoint file -> SpeechLM in evaluation mode; `run` is its config. Bad input ends the program."""
     path = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     if not os.path.exists(path):
         data.die(f"{path}: no such checkpoint; give a folder under runs/ that holds best.pt, or a .pt file")
@@ -95,6 +98,7 @@ def load_model(path, device="cpu"):
             raise ValueError("it is of another run than the config.json beside it")
         model = SpeechLM(*saved["configs"])
         model.load_state_dict(saved["model"])
+        model.run = saved.get("run") or {}
     except Exception as e:  # a damaged zip, a pickle of something else, a state dict of another shape: all bad input
         data.die(f"{path}: not a checkpoint of this code ({str(e).splitlines()[0][:150]}); train it again or give another")
     return model.to(device).eval()
@@ -113,10 +117,8 @@ def features(path):
     about = os.stat(path)
     key = hashlib.sha256(repr((os.path.abspath(path), about.st_size, about.st_mtime_ns, RECIPE)).encode()).hexdigest()
     file = os.path.join(FEATURES, key[:2], f"{key}.npy")
-    try:
+    with contextlib.suppress(Exception):  # not there, cut short, or whatever else a broken disk makes of a file
         return torch.from_numpy(np.load(file))
-    except Exception:  # not there, cut short, or whatever else a broken disk makes of a file
-        pass
     audio = torch.from_numpy(data.load_audio(path))
     mel = log_mel(audio[None], torch.tensor([len(audio)]))[0][0]
     with contextlib.suppress(OSError):  # a disk that is full or not ours to write to: made again next time
@@ -128,8 +130,7 @@ def features(path):
 
 
 def collate(items):
-    """Items -> mel (B, T, M), lengths (B,) in frames of 10 ms, and the items without `audio`, which is samples (n,), or None: then the
-    features of the item's file, from the disk."""
+    """Items -> mel (B, T, M), lengths (B,) in frames of 10 ms, and the items without `audio`: samples (n,), or None to read the file."""
     rest = [{k: v for k, v in item.items() if k != "audio"} for item in items]
     # Padded to the next third of a second, 32 frames: fewer shapes, so that the allocator and oneDNN's caches stay small.
     if items[0]["audio"] is None:
@@ -196,10 +197,7 @@ def listen(model, batch, device, augment=False):
 
 
 def hear_all(model, batches, **bar):
-    """Runs the frozen encoder once over batches of features -> items, each with `frames` (T, D) on the CPU.
-
-    SFT, control and GRPO share the encoder, so these frames serve all three; 3 s of speech at D = 128 are 38 kB.
-    """
+    """Runs the frozen encoder once over batches of features -> items, each with `frames` (T, D) on the CPU: 3 s of speech are 38 kB."""
     heard = []
     for batch in tqdm(batches, leave=False, **bar):
         frames, lengths, items = listen(model, batch, next(model.parameters()).device)
@@ -215,10 +213,8 @@ def hear_set(model, corpus, name, workers=1, n=None):
 # ---------------------------------------------------------------------------------------------- decoding a set
 @torch.no_grad()
 def transcribe(model, heard, beam=1, max_new=64, batch=64, temperature=0.0, top_p=1.0):
-    """Items with `frames` (T, D) and perhaps a `prompt` -> hypotheses in the items' order.
-
-    Greedy, the best of `beam`, or one sample each at a temperature above 0. Batches by length, so that little of a batch is padding.
-    """
+    """Items with `frames` (T, D) and perhaps a `prompt` -> hypotheses in the items' order: greedy, the best of `beam`, or one sample each
+    at a temperature above 0. In batches by length, so that little of a batch is padding."""
     device = next(model.parameters()).device
     model.eval()
     order = sorted(range(len(heard)), key=lambda i: len(heard[i]["frames"]))
@@ -242,11 +238,8 @@ def transcribe(model, heard, beam=1, max_new=64, batch=64, temperature=0.0, top_
 # ---------------------------------------------------------------------------------------------- statistics
 def count_errors(refs, hyps):
     """(n, 4) integers, a row an utterance: substitutions, deletions, insertions, reference words, on normalised text."""
-    rows = []
-    for ref, hyp in zip(refs, hyps, strict=True):
-        ref, hyp = normalize(ref), normalize(hyp)
-        rows.append((*edit_counts(ref, hyp), len(ref.split())))
-    return np.array(rows).reshape(-1, 4)
+    pairs = zip(map(normalize, refs), map(normalize, hyps), strict=True)
+    return np.array([(*edit_counts(ref, hyp), len(ref.split())) for ref, hyp in pairs]).reshape(-1, 4)
 
 
 TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "meteor"}
@@ -317,10 +310,8 @@ def change(a, b):
 
 
 def print_table(name, task, refs, hyps, bases=()):
-    """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`.
-
-    Returns its figures as result.json holds them.
-    """
+    """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`. Returns the
+    figures, as result.json holds them."""
     names, entry, drawn = columns(task), {}, {}
     print(f"\n{name}: {len(refs)} utterances\n{'':<26}" + "".join(f"{c:>7}" for c in names) + f"   95% interval of the {names[0]}")
     for model, rows in hyps.items():
@@ -336,8 +327,7 @@ def print_table(name, task, refs, hyps, bases=()):
 
 
 def keep_transcripts(folder, name, source, refs, hyps):
-    """Writes one model's transcripts of a test set to folder/NAME.hyps.json: what the tables of the papers are made of.
-    source: the path of the recorded corpus, None for the embedded one."""
+    """Writes transcripts of a set to folder/NAME.hyps.json, for the papers' tables. source: a recorded corpus's path, else None."""
     path = os.path.join(folder, f"{name}.hyps.json")
     with open(f"{path}.{os.getpid()}.tmp", "w") as f:  # rows of a table that run side by side write SFT's at once
         json.dump({"data": source and os.path.abspath(source), "refs": refs, "hyps": hyps}, f, indent=0)
@@ -345,72 +335,97 @@ def keep_transcripts(folder, name, source, refs, hyps):
 
 
 # ---------------------------------------------------------------------------------------------- the papers' tables
-def chain(run, flags, *paper):
-    """The rows to compare with: SFT, and SFT continued for as long as RL took, which the papers do not have."""
-    return [("SFT", f"{run}/speech", flags, *paper), ("SFT continued", f"{run}/control", flags)]
-
-
-E, Q, T, R = "embedded-{s}", "embedded-sqa-{s}", "embedded-ast-{s}", "embedded-sqa-taught-{s}"  # runs: plain, SQA, AST, RBA
-ADAPT = f"--reward wer --init runs/{E}/speech --domain far --name far-{{s}}"
-IBM = "--task {t} --algo ibm --reward "
-
-
-def spoken_table(task, run, of, base, sft, grpo):
+def spoken_table(task, of, base, sft, grpo):
     """SQA's and AST's tables have the same rows; base, sft and grpo are the paper's figures, on its test set `of`."""
-    flags = IBM.format(t=task) + "bleu"
-    return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", bases=("SFT", "SFT continued"),
-                sets={"clean": of, "hard": "", "ood": ""}, rows=[
-        ("before speech", f"{run}/read", flags, base), *chain(run, flags, sft), ("GRPO (BLEU)", f"{run}/ibm-bleu", flags, grpo),
-        ("MP-GRPO", f"{run}/ibm-bleu-off_policyreference", f"{flags} --off-policy reference"),
-        ("MP-GRPO, shaped", f"{run}/ibm-bleu-off_policyreference-shaping0.1", f"{flags} --off-policy reference --shaping 0.1"),
-        ("MP-GRPO, duplicate", f"{run}/ibm-bleu-off_policyduplicate", f"{flags} --off-policy duplicate")])
+    return dict(task=task, title=f"{task.upper()}, 2509.16990 (2B), BLEU", sets={"clean": of, "hard": "", "ood": ""}, rows=[
+        ("before speech", "read", base), ("SFT", "speech", sft), ("SFT continued", "control"),
+        ("GRPO (BLEU)", "--algo ibm --reward bleu", grpo),
+        ("MP-GRPO", "--algo ibm --reward bleu --off-policy reference"),
+        ("MP-GRPO, shaped", "--algo ibm --reward bleu --off-policy reference --shaping 0.1"),
+        ("MP-GRPO, duplicate", "--algo ibm --reward bleu --off-policy duplicate")])
 
 
-# sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with.
+# sets: {test set: what the paper's figures beside it are of}; bases: the rows that the others are compared with, if not SFT and SFT
+# continued; rows: a label, a stage of SFT's or grpo.py's flags, in the order of its SWITCHES, and the paper's figures.
 TABLES = {
     "2": dict(task="asr", title="Table II of 2509.01939 (2B), WER (here beta 0 but where it is named; DAPO with dynamic sampling)",
-              bases=("SFT", "SFT continued"),
               sets={"clean": "MLS, all", "hard": "People's Speech", "ood": "VoxPopuli, all (in domain there)"}, rows=[
-        *chain(E, "--reward wer", "5.48", "23.5", "10.12"),
-        ("GRPO (WER), beta 0", f"{E}/grpo-wer", "--reward wer", "5.59", "21.3", "9.24"),
-        ("GRPO (WER), beta .04", f"{E}/grpo-wer-beta0.04", "--reward wer --beta 0.04", "5.49", "21.53", "9.47"),
-        ("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "5.64", "21.48", "9.51"),
-        ("GRPO (EM)", f"{E}/grpo-em", "--reward em", "5.62", "22.29", "9.76"),
-        ("DAPO (EM)", f"{E}/dapo-em", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
-        ("DAPO (WER)", f"{E}/dapo-wer", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
-        ("Dr. GRPO (EM)", f"{E}/dr_grpo-em", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
-        ("GRPO (WER), beam", f"{E}/grpo-wer-G6-rolloutbeam", "--reward wer --rollout beam -G 6"),
-        ("GRPO (WER), G 6", f"{E}/grpo-wer-G6", "--reward wer -G 6"),
-        ("GRPO (WER), G 10", f"{E}/grpo-wer-G10", "--reward wer -G 10")]),
+        ("SFT", "speech", "5.48", "23.5", "10.12"), ("SFT continued", "control"),
+        ("GRPO (WER), beta 0", "--reward wer", "5.59", "21.3", "9.24"),
+        ("GRPO (WER), beta .04", "--reward wer --beta 0.04", "5.49", "21.53", "9.47"),
+        ("GRPO (ED)", "--reward ed", "5.64", "21.48", "9.51"),
+        ("GRPO (EM)", "--reward em", "5.62", "22.29", "9.76"),
+        ("DAPO (EM)", "--algo dapo --reward em", "5.51", "21.71", "9.57"),
+        ("DAPO (WER)", "--algo dapo --reward wer", "5.53", "21.30", "9.30"),
+        ("Dr. GRPO (EM)", "--algo dr_grpo --reward em", "5.56", "22.24", "9.70"),
+        ("GRPO (WER), beam", "--reward wer -G 6 --rollout beam"),
+        ("GRPO (WER), G 6", "--reward wer -G 6"), ("GRPO (WER), G 10", "--reward wer -G 10")]),
     "3": dict(task="asr", title="Table III of 2509.01939 (2B), out of domain, Ins/Del/Sub (other conditions than its sets)",
-              bases=("SFT", "SFT continued"), sets={
-                  "far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
-        *chain(E, "--reward wer", "56.7/16.6/14.6", "38.4/10.3/7.3", ".5/1.7/1.6"),
-        ("GRPO (WER)", f"{E}/grpo-wer", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
-        ("GRPO (ED)", f"{E}/grpo-ed", "--reward ed", "8.9/17.6/12.1", "5.6/11/6.3", ".5/1.7/1.6"),
-        ("GRPO (EM)", f"{E}/grpo-em", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
+              sets={"far": "AMI-SDM", "babble": "AMI-IHM", "pauses": "TED-LIUM", "test@../shared/speech/digit_strings": ""}, rows=[
+        ("SFT", "speech", "56.7/16.6/14.6", "38.4/10.3/7.3", ".5/1.7/1.6"), ("SFT continued", "control"),
+        ("GRPO (WER)", "--reward wer", "7.4/18.1/12.1", "2.8/10.96/6.3", ".4/1.6/1.6"),
+        ("GRPO (ED)", "--reward ed", "8.9/17.6/12.1", "5.6/11/6.3", ".5/1.7/1.6"),
+        ("GRPO (EM)", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
     "4": dict(task="asr", title="Table IV of 2509.01939 (2B), adapting to another domain (echo), WER", bases=("base", "SFT"),
               sets={"far": "AMI-SDM", "clean": "MLS En (old)", "hard": "VoxPopuli En (old)", "ood": ""}, rows=[
-        ("base", f"{E}/speech", "--reward wer", "87.88", "4.83", "7.92"),
-        ("SFT", "far-{s}/control", ADAPT, "44.34", "6.91", "9.80"),
-        ("GRPO (WER)", "far-{s}/grpo-wer", ADAPT, "31.98", "6.59", "9.10")]),
-    "sqa": spoken_table("sqa", Q, "LibriSQA I", "27.74", "40.88", "44.90"),
-    "ast": spoken_table("ast", T, "CoVoST2 En-De", "29.06", "30.50", "31.47"),
+        ("base", "embedded-{s}/speech", "87.88", "4.83", "7.92"), ("SFT", "control", "44.34", "6.91", "9.80"),
+        ("GRPO (WER)", "--reward wer", "31.98", "6.59", "9.10")]),
+    "sqa": spoken_table("sqa", "LibriSQA I", "27.74", "40.88", "44.90"),
+    "ast": spoken_table("ast", "CoVoST2 En-De", "29.06", "30.50", "31.47"),
     "rewards": dict(task="sqa", title="Reward choice, 2509.16990 (2B), BLEU/R-1/R-2/R-L/METEOR", bases=("SFT",),
                     sets={"clean": "LibriSQA I", "hard": ""}, rows=[
-        *chain(Q, IBM.format(t="sqa") + "bleu", "40.88/65.1/49.1/61.5/64.6"),
-        *((f"GRPO ({reward})", f"{Q}/ibm-{reward}", IBM.format(t="sqa") + reward, paper) for reward, paper in
+        ("SFT", "speech", "40.88/65.1/49.1/61.5/64.6"), ("SFT continued", "control"),
+        *((f"GRPO ({reward})", f"--algo ibm --reward {reward}", theirs) for reward, theirs in
           [("bleu", "44.9/68.6/53.4/64.9/68.5"), ("rouge1", "38.8/68.9/53.5/64.8/60.7"), ("rouge2", "37.8/68.6/54.2/65.3/58.9"),
            ("rougeL", "38.0/68.7/53.8/65.4/59.3"), ("meteor", "37.7/67.0/51.7/62.6/70.3")])]),
-    "rba": dict(task="sqa", title="RBA, 2509.03526", bases=("SFT, teacher's", "SFT continued"),
+    "rba": dict(task="sqa", taught="taught", title="RBA, 2509.03526", bases=("SFT, teacher's", "SFT continued"),
                 sets={"clean": "BLEU, translation En-X", "hard": "", "voices": "agreement over 4 voices, its own measure"}, rows=[
-        *((label, f"{R}/{stage}", "--task sqa --algo rba_group --reward bleu", *paper) for label, stage, *paper in
-          [("before speech", "read", "30.3", "", "82.6"), ("SFT, teacher's", "speech", "30.5", "", "89.3"), ("SFT continued", "control")]),
-        ("RBA-Group", f"{R}/rba_group-bleu", "--task sqa --algo rba_group --reward bleu", "33.0", "", "94.5"),
-        ("RBA-Single", f"{R}/rba_single-bleu", "--task sqa --algo rba_single --reward bleu", "32.6"),
-        ("RBA-Group, CE", f"{R}/rba_group-bleu-ce0.2", "--task sqa --algo rba_group --reward bleu --ce 0.2"),
-        ("RBA-Single, CE", f"{R}/rba_single-bleu-ce0.2", "--task sqa --algo rba_single --reward bleu --ce 0.2")]),
+        ("before speech", "read", "30.3", "", "82.6"), ("SFT, teacher's", "speech", "30.5", "", "89.3"), ("SFT continued", "control"),
+        ("RBA-Group", "--algo rba_group --reward bleu", "33.0", "", "94.5"),
+        ("RBA-Single", "--algo rba_single --reward bleu", "32.6"),
+        ("RBA-Group, CE", "--algo rba_group --reward bleu --ce 0.2"),
+        ("RBA-Single, CE", "--algo rba_single --reward bleu --ce 0.2")]),
 }
+
+
+def ast_name(lang):
+    """What a run of --task ast calls its task: each language has runs of its own, German's are plain."""
+    return "ast" + f"-{lang}" * (lang != "de")
+
+
+def stage_of(how):
+    """A row's folder within its run: a stage of SFT's or what grpo.py calls an RL stage with these flags, such as grpo-wer-beta0.04."""
+    if not how.startswith("-"):
+        return how
+    flags = dict(re.findall(r"--?(\S+) (\S+)", how))
+    return "-".join([flags.pop("algo", "grpo"), flags.pop("reward"), *(f"{k.replace('-', '_')}{v}" for k, v in flags.items())])
+
+
+def paper_table(name, path=None, more="", lang="de"):
+    """One of TABLES, with rows (label, folder under runs/, flags of grpo.py, the paper's figures) in which {s} stands for the seed.
+
+    On recorded speech, at `path`: runs on that, with `more` flags, its test sets, and nothing of the paper's to put beside them."""
+    table, corpus = {"bases": ("SFT", "SFT continued"), **TABLES[name]}, data.name_of(path)
+    task, first = table["task"], next(how for _, how, *_ in table["rows"] if how.startswith("-"))  # on whose way SFT's stages are made
+    run = "-".join(filter(None, [corpus, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught"), "{s}"]))
+    source = f" --data {shlex.quote(path)} {more}".rstrip() + f" --lang {lang}" * (task == "ast") if path else ""
+    if path:
+        table["sets"] = dict.fromkeys(data.open_corpus(path, 0, task=task, lang=lang).tests, "")
+    if name == "4":  # adapts the run on the embedded corpus to this one, or to echo
+        run = f"{corpus}-from-{{s}}" if path else "far-{s}"
+        source = f" --init runs/embedded-{{s}}/speech{source or ' --domain far'} --name {run}"
+        if path:
+            table["title"] = table["title"].replace("(echo)", f"(from embedded to {corpus})")
+            table["sets"] = dict.fromkeys([*(f"{test}@{path}" for test in table["sets"]), "clean@embedded", "hard@embedded"], "")
+    rows = []
+    for label, how, *paper in table["rows"]:
+        made = how if how.startswith("-") else first
+        flags = f"--task {task} " * (task != "asr") + made + source
+        if more:  # else the folder were called after these, too
+            flags += f" --rl-name {stage_of(made)}"
+        where = (how, made) if "/" in how else (f"{run}/{stage_of(how)}", flags)
+        rows.append((label, *where, [] if path else paper))
+    return {**table, "rows": rows}
 
 
 def mean_change(a, b):
@@ -426,90 +441,51 @@ def agreement(hyps):
     return np.array([(sum(sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
 
 
-def kept_transcripts(folder, name, args, ears):
-    """References and transcripts of a stage on a set, NAME of the run's own data, NAME@PATH or NAME@embedded: those that are there
-    already, or made and left there now; greedy, or with --temperature one sample each.
-
-    ears: {(folder of the run, set): items with frames} and the corpora, filled here; the stages of a run share their encoder.
-    """
+def set_and_source(name, own):
+    """NAME, of a run's `own` corpus, NAME@PATH or NAME@embedded -> NAME and the corpus's path, None for the embedded one."""
     name, _, path = name.partition("@")
-    config = read_json(os.path.join(folder, "config.json"))
-    source = None if path == "embedded" else os.path.abspath(path) if path else config["data"]
-    stem = (f"{name}-{data.name_of(source)}" if path else name) + f"-T{args.temperature}-p{args.top_p}" * (args.temperature > 0)
+    return name, {"": own, "embedded": None}.get(path, path)
+
+
+def kept_transcripts(folder, name, args, ears):
+    """References and transcripts of a stage on a set (see set_and_source), greedy or with --temperature samples: those that are there, or
+    made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's stages share their encoder."""
+    config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
+    test, source = set_and_source(name, config["data"])
+    source = source and os.path.abspath(source)
+    stem = test + f"-{data.name_of(source)}" * ("@" in name) + f"-T{args.temperature}-p{args.top_p}" * (args.temperature > 0)
     key = source, config["seed"], args.test_size, config["task"], config["lang"]
     corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
     if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
         found = read_json(file)
-        same = found["refs"] == [item["target"] for item in corpus.data[name]] if source else len(found["refs"]) == args.test_size
+        same = found["refs"] == [item["target"] for item in corpus.data[test]] if source else len(found["refs"]) == args.test_size
         if found["data"] == source and same:
             return found["refs"], found["hyps"]
     model = load_model(folder, pick_device(args.device))
-    key = os.path.dirname(folder), name, source
-    if key not in ears:
-        ears[key] = hear_set(model, corpus, name)
-    refs = [item["target"] for item in ears[key]]
+    heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test)
+    refs = [item["target"] for item in heard]
     if "max_new" not in config:  # of the stage read, which never wrote a transcript
-        config = read_json(os.path.join(os.path.dirname(folder), "speech", "config.json"))
+        config = read_json(os.path.join(run, "speech", "config.json"))
     torch.manual_seed(0)  # of the samples, if any
-    hyps = transcribe(model, ears[key], max_new=config["max_new"], temperature=args.temperature, top_p=args.top_p)
+    hyps = transcribe(model, heard, max_new=config["max_new"], temperature=args.temperature, top_p=args.top_p)
     keep_transcripts(folder, stem, source, refs, hyps)
     return refs, hyps
 
 
-def ast_name(lang):
-    """What a run of --task ast calls its task: each language has runs of its own, German's are plain."""
-    return "ast" + f"-{lang}" * (lang != "de")
-
-
-def on_recorded(table, path, flags, lang):
-    """A table's rows on recorded speech: other runs, its test sets, and nothing of the paper's to put beside them."""
-    kind, extra = data.name_of(path), f"--data {shlex.quote(path)} {flags}".rstrip()
-    extra += f" --lang {lang}" * (table["task"] == "ast")
-    stages = {of: folder.split("/")[1] for _, folder, of, *_ in table["rows"] if not folder.endswith(("/read", "/speech", "/control"))}
-    called = lambda of: f" --rl-name {stages[of]}" if flags and of in stages else ""  # else the folder were called after `flags`, too
-    sets = dict.fromkeys(data.open_corpus(path, 0, task=table["task"], lang=lang).tests, "")
-    if table is TABLES["4"]:  # here the embedded corpus is the domain that one comes from
-        table = {**table, "title": table["title"].replace("(echo)", f"(from embedded to {kind})")}
-        sets = {**{f"{name}@{path}": "" for name in sets}, "clean@embedded": "", "hard@embedded": ""}
-        rows = [(label, *(x.replace("--domain far", extra).replace("far-{s}", kind + "-from-{s}") for x in (folder, args + called(args))))
-                for label, folder, args, *_ in table["rows"]]
-    else:
-        named = lambda folder: folder.replace("embedded-ast", f"embedded-{ast_name(lang)}").replace("embedded", kind)
-        rows = [(label, named(folder), f"{args} {extra}{called(args)}") for label, folder, args, *_ in table["rows"]]
-    return {**table, "rows": rows, "sets": sets}
-
-
-def finished(folder):
-    """Whether a stage has come to its end: a checkpoint that was best so far is there before."""
-    if not os.path.exists(os.path.join(folder, "best.pt")):
-        return False
-    steps = read_json(os.path.join(folder, "config.json")).get("steps")  # none for --init
-    return not steps or bool(rows := read_log(folder)) and rows[-1]["step"] == steps
-
-
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
-    table, seeds = TABLES[args.table], args.seeds.split(",")
-    if not all(s.isdecimal() for s in seeds):
-        data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
-    if args.data and args.table == "rba":
-        data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
-    if not args.data and (args.flags or args.lang != "de"):
-        data.die("--flags and --lang: are for tables of recorded speech; give --data, or leave them out")
-    try:
-        shlex.split(args.flags)
-    except ValueError as e:
-        data.die(f"--flags {args.flags}: {e}; close its quotes")
-    if args.data:
-        table = on_recorded(table, args.data, args.flags, args.lang)
+    table, seeds = paper_table(args.table, args.data, args.flags, args.lang), args.seeds.split(",")
+    task, rows, bases, names = table["task"], table["rows"], table["bases"], columns(table["task"])
+    if args.metric and args.metric not in names:
+        data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
     if args.against:
-        bases = [base.strip() for base in args.against.split(";")]
-        if not set(bases) <= {row[0] for row in table["rows"]}:
-            data.die(f"--against {args.against}: no row of table {args.table}; give {'; '.join(row[0] for row in table['rows'])}")
-        table = {**table, "bases": bases, "rows": sorted(table["rows"], key=lambda row: row[0] not in bases)}
+        bases, labels = [base.strip() for base in args.against.split(";")], [label for label, *_ in rows]
+        if not set(bases) <= set(labels):
+            data.die(f"--against {args.against}: no row of table {args.table}; give {'; '.join(labels)}")
+        rows = sorted(rows, key=lambda row: row[0] not in bases)
     at = lambda folder, s: os.path.join("runs", folder.replace("{s}", s))
     missing = lambda: list(dict.fromkeys(f"grpo.py {flags.replace('{s}', s)} --seed {s}" for s in seeds
-                                         for _, folder, flags, *_ in table["rows"] if not finished(at(folder, s))))
+                                         for _, folder, flags, _ in rows if not finished(at(folder, s))))
     if args.run and missing():
         print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
         for command in tqdm(missing(), desc="runs"):
@@ -517,44 +493,36 @@ def print_paper_table(args):
             done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
             if done.returncode:
                 data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    names = columns(table["task"])
-    if args.metric and args.metric not in names:
-        data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
-    voices = " (on voices: Agree)" * ("voices" in table["sets"])
-    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {args.metric or names[0]}{voices},"
-          " with the 95% interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
+    compared = (args.metric or names[0]) + " (on voices: Agree)" * ("voices" in table["sets"])
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {compared}, with the 95% interval "
+          "of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
     for column, (name, of) in enumerate(table["sets"].items()):
-        test, _, where = name.partition("@")  # where: a corpus that is not the run's own
-        if where not in ("", "embedded") and not os.path.exists(where):
+        test, source = set_and_source(name, args.data)
+        if source and not os.path.exists(source):
             print(f"\n{name}: not on this machine, left out")
             continue
-        extra = ("Agree",) if name == "voices" else ()
-        title = test + (f" of {data.name_of(where)}" if where else "")
-        print(f"\n{title:<20}" + "".join(f"{c:>7}" for c in (*names, *extra))
-              + "".join(f"   {'from ' + base:<26}" for base in table["bases"]) + (f"   paper: {of}" if of else ""))
+        shown = [*names, *["Agree"] * (name == "voices")]
+        print(f"\n{test + f' of {data.name_of(source)}' * ('@' in name):<20}" + "".join(f"{c:>7}" for c in shown)
+              + "".join(f"   {'from ' + base:<26}" for base in bases) + f"   paper: {of}" * bool(of))
         seen = {}
-        for label, folder, _, *paper in table["rows"]:
-            figures, drawn = [], {}
-            for s in seeds:
-                path = at(folder, s)
-                if finished(path):
-                    refs, hyps = kept_transcripts(path, name, args, ears)
-                    entry = summary(table["task"], refs, hyps)
-                    counts = agreement(hyps) if extra else counts_of(table["task"], refs, hyps, args.metric)
-                    figures.append([entry[c.lower()] for c in names] + [rate(counts.sum(0, keepdims=True))[0] for _ in extra])
-                    recorded = where != "embedded" if where else args.data     # every seed has the same utterances there
-                    drawn[s] = draws(counts, 0 if recorded else int(s))
-            changes = [mean_change(seen[base], drawn) if seen.get(base, {}).keys() & drawn.keys() and base != label else ""
-                       for base in table["bases"]]
-            seen[label] = drawn
-            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * (len(names) + len(extra))
-            few = f"   ({len(drawn)} of {len(seeds)} seeds)" if len(drawn) < len(seeds) else ""
-            theirs = paper[column] if column < len(paper) else ""
-            print(f"{label:<20}{cells}" + "".join(f"   {c:<26}" for c in changes) + f"   {theirs}{few}")
+        for label, folder, _, paper in rows:
+            figures, drawn = [], seen.setdefault(label, {})
+            for s in filter(lambda s: finished(at(folder, s)), seeds):
+                refs, hyps = kept_transcripts(at(folder, s), name, args, ears)
+                counts = agreement(hyps) if name == "voices" else counts_of(task, refs, hyps, args.metric)
+                drawn[s] = draws(counts, 0 if source else int(s))  # of recorded speech every seed has the same utterances
+                entry = {**summary(task, refs, hyps), "agree": drawn[s][0]}
+                figures.append([entry[c.lower()] for c in shown])
+            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * len(shown)
+            for base in bases:
+                both = base != label and seen.get(base, {}).keys() & drawn.keys()
+                cells += f"   {mean_change(seen[base], drawn) if both else '':<26}"
+            few = f"   ({len(drawn)} of {len(seeds)} seeds)" * (len(drawn) < len(seeds))
+            print(f"{label:<20}{cells}   {''.join(paper[column:column + 1])}{few}")
     print("\nthe rows' commands")
-    for label, _, flags, *_ in table["rows"]:
+    for label, _, flags, _ in rows:
         print(f"  {label:<22}python grpo.py {flags.replace('{s}', 'S')} --seed S")
     for command in missing():
         print(f"missing: python {command}")
@@ -562,7 +530,7 @@ def print_paper_table(args):
 
 # ---------------------------------------------------------------------------------------------- speed
 # Decoder, prompt positions, utterances, G (and beams), new tokens. B's prompt is 30 s of audio; D is for a GPU.
-SHAPES = {"A": ("29m", 200, 4, 8, 40), "B": ("29m", 750, 4, 8, 40), "C": ("tiny", 84, 24, 12, 16), "D": ("2b", 750, 16, 8, 64)}
+SHAPES = {"A": "29m,200,4,8,40", "B": "29m,750,4,8,40", "C": "tiny,84,24,12,16", "D": "2b,750,16,8,64"}
 
 
 def forward_flops(c, B, P, N, T):
@@ -574,17 +542,20 @@ def forward_flops(c, B, P, N, T):
     return prompt + 2 * N * T * (c.n_layers * layer + c.d * c.vocab) + 2 * N * T * (2 * P + T + 1) * c.d * c.n_layers
 
 
+def micro_batch(c, P, G, T, device):
+    """Utterances in one backward pass, where --micro does not say: as many as keep attention's scores of their G responses of T tokens
+    against prompts of P positions, often the largest tensor, to 16 MB on a CPU and 128 on a GPU, but one at the least. (Over 32 MB a
+    tensor gets new pages from the system each time, and learning took half as long again.)"""
+    return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
+
+
 def shape_of(name):
     """A shape by its letter, or as it is written above: 29m,750,4,16,40."""
-    try:
-        llm, *sizes = SHAPES[name] if name in SHAPES else name.split(",")
-        P, B, G, new = map(int, sizes)
-        if P > 20 and min(B, G, new) > 0 and llm in LLAMAS:
-            return llm, P, B, G, new
-    except ValueError:
-        pass
-    data.die(f"--bench {name}: give letters of {''.join(SHAPES)}, or DECODER,PROMPT,UTTERANCES,G,NEW such as 29m,750,4,16,40; "
-             f"decoders: {', '.join(LLAMAS)}")
+    llm, *sizes = SHAPES.get(name, name).split(",")
+    if llm not in LLAMAS or len(sizes) != 4 or not all(n.isdecimal() and int(n) for n in sizes) or int(sizes[0]) <= 20:
+        data.die(f"--bench {name}: give letters of {''.join(SHAPES)}, or DECODER,PROMPT,UTTERANCES,G,NEW such as 29m,750,4,16,40; "
+                 f"decoders: {', '.join(LLAMAS)}")
+    return llm, *map(int, sizes)
 
 
 def clock(run, device, times=3):
@@ -599,22 +570,23 @@ def clock(run, device, times=3):
     return float(np.median(taken[1:]))
 
 
-def limits(device):
-    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16), by torch's own or model.linear's
-    route if that is quicker, and bytes a second of a copy (read and written)."""
+def limits(device, both=False):
+    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16) by the quicker of torch's own route,
+    which any program gets, and model.linear's; and bytes a second of a copy, read and written. both: first torch's own alone, too."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, layer = torch.randn(n, n, device=device, dtype=kind), torch.nn.Linear(n, n, bias=False, device=device, dtype=kind)
     source, target = torch.ones(2, 2**26, device=device)  # both written to: the first touch of a page costs more than a copy
     with torch.no_grad():
-        product = min(clock(lambda: a @ layer.weight, device), clock(lambda: linear(a, layer), device))
-    return 2 * n**3 / product, 2 * source.nbytes / clock(lambda: target.copy_(source), device)
+        own, ours = clock(lambda: a @ layer.weight, device), clock(lambda: linear(a, layer), device)
+    rates = [2 * n**3 / seconds for seconds in (own, min(own, ours))]
+    return *rates[not both:], 2 * source.nbytes / clock(lambda: target.copy_(source), device)
 
 
-def micro_batch(c, P, G, T, device):
-    """Utterances in one backward pass, where --micro does not say: so many that attention's scores of their G responses of T tokens against
-    prompts of P positions, where these are long the largest tensor, take 16 MB at most on a CPU, on a GPU 128; one at the least. (Over 32
-    MB a tensor gets new pages from the system each time, and learning took half as long again.)"""
-    return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
+def peak_memory(device):
+    """Bytes: a GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bench_model(shape):
@@ -627,22 +599,17 @@ def bench_model(shape):
 
 
 def bench_earshot(shape, device):
-    """Seconds of the parts of one GRPO step, of sampling and beam search, and the peak memory of a step."""
-    model, *data_ = bench_model(shape)
-    model, (frames, lengths, tokens) = model.to(device), [x.to(device) for x in data_]
+    """Seconds of the parts of one GRPO step and of beam search, the peak memory of a step, and the machine's limits."""
+    model, *tensors = bench_model(shape)
+    model, (frames, lengths, tokens) = model.to(device), [x.to(device) for x in tensors]
     name, P, B, G, new = shape_of(shape)
     parameters = [p for part in (model.projection, model.llm) for p in part.parameters()]
     opt = torch.optim.AdamW(parameters, lr=1e-6)
     micro = min(B, micro_batch(LLAMAS[name], P, G, new, device))
 
-    @torch.no_grad()
-    def prefill():
-        with autocast(device):
-            return model.prefill(*model.embed_prompt(frames, lengths))
-
-    def rollout(search=False, graph=False):
+    def after_prompt(write, **how):
         with autocast(device), torch.no_grad():
-            return beam_search(model, prefill(), G, new) if search else generate(model, prefill(), G, new, graph=graph)
+            write(model, model.prefill(*model.embed_prompt(frames, lengths)), G, new, **how)
 
     def learn():
         for rows in torch.arange(B, device=device).split(micro):
@@ -656,19 +623,14 @@ def bench_earshot(shape, device):
         opt.step()
         opt.zero_grad(set_to_none=True)
 
-    out = {"rollout": clock(rollout, device), "learn": clock(learn, device), "peak": peak_memory(device)}  # of a step: the rest is later
-    rate, copy = limits(device)
-    out |= {"prefill": clock(prefill, device), "beam": clock(lambda: rollout(True), device, 2), "rate": rate, "copy": copy}
+    out = {"sampling": clock(lambda: after_prompt(generate), device), "learning": clock(learn, device)}
+    out |= {"GRPO step": sum(out.values()), "peak": peak_memory(device)}       # of a step: what follows may need more
+    out |= zip(("torch", "quicker", "copy"), limits(device, both=True))
+    out |= {"prompt": clock(lambda: after_prompt(lambda *prompt: None), device),
+            "beam search": clock(lambda: after_prompt(beam_search), device, 2)}
     if device.type == "cuda":
-        out["graph"] = clock(lambda: rollout(graph=True), device)
+        out["graph"] = clock(lambda: after_prompt(generate, graph=True), device)
     return out
-
-
-def peak_memory(device):
-    """Bytes: a GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def as_transformers(llm):
@@ -699,8 +661,8 @@ def bench_transformers(shape, device):
         with torch.no_grad(), autocast(device):
             peer.generate(ids, **options, **how)
 
-    sample = clock(lambda: run(do_sample=True, top_k=0), device, 2)
-    return {"sample": sample, "beam": clock(lambda: run(do_sample=False, num_beams=G), device, 2)}
+    return {"sampling": clock(lambda: run(do_sample=True, top_k=0), device, 2),
+            "beam search": clock(lambda: run(do_sample=False, num_beams=G), device, 2)}
 
 
 def bench_trl(shape, device):
@@ -719,10 +681,7 @@ def bench_trl(shape, device):
     marks = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kw):
-            marks.append(time.perf_counter())
-
-        on_step_end = on_step_begin
+        on_step_begin = on_step_end = lambda self, *args, **kw: marks.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(folder, per_device_train_batch_size=B * G, num_generations=G, max_completion_length=new, beta=0.0, max_steps=3,
@@ -731,69 +690,145 @@ def bench_trl(shape, device):
                             generation_kwargs={"min_new_tokens": new})
         GRPOTrainer(peer, reward_funcs=lambda completions, **kw: [float(len(set(c))) for c in completions], args=config,
                     train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, callbacks=[Clock()]).train()
-    return {"step": float(np.median([b - a for a, b in zip(marks[2::2], marks[3::2])])), "peak": peak_memory(device)}
+    return {"GRPO step": float(np.median([b - a for a, b in zip(marks[2::2], marks[3::2])])), "peak": peak_memory(device)}
+
+
+ENGINES = {"earshot": bench_earshot, "transformers": bench_transformers, "trl": bench_trl}
 
 
 def run_engine(engine, shape, device):
-    """What bench_ENGINE returns, measured in a process of its own, so that the peak memory is its own; {} and a line if it cannot be."""
+    """What one of ENGINES returns, measured in a process of its own, so that the peak memory is its own; {} and a line if it cannot be."""
     command = [sys.executable, __file__, "--bench", shape, "--engine", engine, "--device", str(device)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        if not done.returncode:
+            return json.loads(done.stdout.strip().splitlines()[-1])
+        why = (done.stderr.strip().splitlines() or ["no output"])[-1][:120]
     except subprocess.TimeoutExpired:
-        print(f"  {engine} left out: not done after 20 minutes")
-        return {}
-    if done.returncode:
-        print(f"  {engine} left out: {(done.stderr.strip().splitlines() or ['no output'])[-1][:120]}")
-        return {}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        why = "not done after 20 minutes"
+    print(f"  {engine} left out: {why}")
+    return {}
 
 
 def pairs_a_second(N):
-    """{reward: [ours, its peer's where that is installed]}, over N pairs of 12 words that have little in common."""
-    scorers = {"wer": [REWARDS["wer"]], "bleu": [REWARDS["bleu"]]}
+    """{scorer: pairs a second}, ours and, where installed, jiwer and sacreBLEU, over N pairs of 12 words that have little in common."""
+    scorers = {name: REWARDS[name] for name in ("wer", "bleu")}
     with contextlib.suppress(ImportError):
         import jiwer
-        scorers["wer"].append(jiwer.wer)
+        scorers["jiwer"] = jiwer.wer
     with contextlib.suppress(ImportError):
         import sacrebleu
-        scorers["bleu"].append(lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref]).score)
+        scorers["sacreBLEU"] = lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref]).score
     rng = np.random.default_rng(0)
     pairs = [[" ".join(rng.choice(["one", "two", "three", "four"], 12)) for _ in range(2)] for _ in range(N)]
-    time_of = lambda scorer: clock(lambda: [scorer(*pair) for pair in pairs], torch.device("cpu"))
-    return {name: [N / time_of(scorer) for scorer in both] for name, both in scorers.items()}
+    return {name: N / clock(lambda: [score(*pair) for pair in pairs], torch.device("cpu")) for name, score in scorers.items()}
 
 
 def bench(shapes, device):
-    """Prints the speed of sampling, of beam search and of a GRPO step, as shares of what the machine can multiply and, where they are
-    installed, beside transformers and TRL at the same work."""
+    """Prints speed and memory of sampling, beam search and a GRPO step, as shares of the machine's limits and beside the peers'."""
+    sizes = list(map(shape_of, shapes))
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; a multiplication and an addition are two "
-          "operations.\nCounted are the products that no program can leave out: the prompt once for G samples, attention to the past.")
-    for shape in shapes:
-        name, P, B, G, new = shape_of(shape)
-        N = B * G
+          "operations.\nCounted are the products that no program can leave out: the prompt once for G samples, attention to the past.\n"
+          "Torch's own route is what any torch program gets, the quicker of that and model.linear's what ours can get on this machine.")
+    for shape, (name, P, B, G, new) in zip(shapes, sizes):
+        c, N = LLAMAS[name], B * G
         print(f"\nshape {shape}: {name} decoder, {B} prompts of {P} positions, G {G}, {new} new tokens")
-        ours, hf, trl = (run_engine(engine, shape, device) for engine in ("earshot", "transformers", "trl"))
+        ours, hf, trl = (run_engine(engine, shape, device) for engine in ENGINES)
         if not ours:
             continue
-        work, step = forward_flops(LLAMAS[name], B, P, N, new), ours["rollout"] + ours["learn"]
-        beside = lambda mine, peer, unit: f"{peer:10.2f} {unit}{peer / mine:8.1f}x" if peer else ""
-        print(f"  limits: {ours['rate'] / 1e9:.0f} GFLOP/s of matrix products, {ours['copy'] / 1e9:.1f} GB/s of copying\n"
-              f"  {'':<14}{'earshot':>8}{'of the limit':>18}{'peer':>12}{'ratio':>10}")
-        rows = [("sampling", ours["rollout"], hf.get("sample"), work), ("beam search", ours["beam"], hf.get("beam"), work),
-                ("learning", ours["learn"], None, 3 * work), ("GRPO step", step, trl.get("step"), 4 * work)]
-        for what, mine, peer, operations in rows:
-            tokens = f"   {N * new / mine:.0f} tokens/s" if operations == work else ""
-            print(f"  {what:<14}{mine:8.2f} s{100 * operations / mine / ours['rate']:15.0f}%{beside(mine, peer, 's ')}{tokens}")
-        print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':15}{beside(ours['peak'] / 1e9, trl.get('peak', 0) / 1e9, 'GB')}")
-        c, size = LLAMAS[name], 2 if device.type == "cuda" else 4
+        peers = hf | trl
+        beside = lambda mine, peer, unit: f"{peer:10.2f} {unit:<2}{peer / mine:8.1f}x" if peer else ""
+        own, quicker, copy = (ours[limit] / 1e9 for limit in ("torch", "quicker", "copy"))
+        print(f"  limits: {own:.0f} GFLOP/s of products by torch's own route, {quicker:.0f} by the quicker one; {copy:.1f} GB/s of copying")
+        print("                   earshot   of torch's  of the quicker        peer     ratio")
+        work = forward_flops(c, B, P, N, new)
+        for what, operations in {"sampling": work, "beam search": work, "learning": 3 * work, "GRPO step": 4 * work}.items():
+            mine, percent = ours[what], operations / ours[what] / 1e7
+            tokens = f"   {N * new / mine:.0f} tokens/s" * (operations == work)
+            print(f"  {what:<14}{mine:8.2f} s{percent / own:12.0f}%{percent / quicker:15.0f}%{beside(mine, peers.get(what), 's')}{tokens}")
+        print(f"  {'peak memory':<14}{ours['peak'] / 1e9:8.2f} GB{'':28}{beside(ours['peak'] / 1e9, peers.get('peak', 0) / 1e9, 'GB')}")
         weights = forward_flops(c, 0, 0, 1, 1) / 2                             # one token alone: two operations a weight
         kv = 2 * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * new / 2)
-        read, speed = size * (weights + kv), new / (ours["rollout"] - ours["prefill"])
-        print(f"  a step of sampling reads {read / 1e9:.3f} GB, weights, keys and values: {100 * read * speed / ours['copy']:.0f}% of the "
+        read, speed = (2 if device.type == "cuda" else 4) * (weights + kv), new / (ours["sampling"] - ours["prompt"])
+        print(f"  a step of sampling reads {read / 1e9:.3f} GB, weights, keys and values: {read * speed / copy / 1e7:.0f}% of the "
               "speed of copying" + (f"; with --graph sampling takes {ours['graph']:.2f} s" if "graph" in ours else ""))
-        for reward, speeds in pairs_a_second(N).items():
-            print(f"  {'reward ' + reward:<14}{speeds[0]:8.0f} pairs/s, {100 * N / speeds[0] / step:.2f}% of the step"
-                  + (f"; {dict(wer='jiwer', bleu='sacreBLEU')[reward]} {speeds[1]:.0f}" if speeds[1:] else ""))
+        speeds = pairs_a_second(N)
+        for reward, peer in (("wer", "jiwer"), ("bleu", "sacreBLEU")):
+            share, theirs = 100 * N / speeds[reward] / ours["GRPO step"], f"; {peer} {speeds.get(peer, 0):.0f}" * (peer in speeds)
+            print(f"  {'reward ' + reward:<14}{speeds[reward]:8.0f} pairs/s, {share:.2f}% of the step{theirs}")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def examine(args):
+    """Transcribes the files, or the test sets, by --ckpt, and by --against as well, and prints the tables."""
+    device = pick_device(args.device)
+    model = load_model(args.ckpt, device)
+    task, lang = model.run.get("task", "asr"), model.run.get("lang", "de")
+    seed = model.run.get("seed", 0) if args.seed is None else args.seed
+    write = functools.partial(transcribe, beam=args.beam, max_new=args.max_new or model.run.get("max_new", 64),
+                              temperature=args.temperature, top_p=args.top_p)
+    if args.files:
+        if task == "sqa" and not args.question:
+            data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
+        asked = data.instruct(task, lang, args.question)
+        for path in args.files:
+            heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
+            print(f"{path}\t{write(model, heard)[0]}")
+        return
+
+    known = not args.data or os.path.abspath(args.data) == model.run.get("data")  # else all of it is for testing
+    domain = model.run.get("domain") or (model.run.get("before") or {}).get("domain", "hard")
+    corpus = data.open_corpus(args.data or model.run.get("data"), seed, args.test_size, task, lang, domain, train=known)
+    names = args.sets.split(",") if args.sets else corpus.tests
+    for name in names:
+        if name not in corpus.sets:
+            data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
+    paths = [args.against, args.ckpt] if args.against else [args.ckpt]
+    labels = ["/".join(os.path.normpath(path).split(os.sep)[-2:]) for path in paths]
+    labels = labels if len(set(labels)) == len(paths) else paths
+    models = dict(zip(labels, [*(load_model(path, device) for path in paths[:-1]), model]))
+    for name in names:
+        hyps = {}
+        for label, model in models.items():
+            items = hear_set(model, corpus, name)
+            torch.manual_seed(seed)  # of the samples, if any
+            hyps[label] = write(model, items)
+        refs = [item["target"] for item in items]
+        print_table(name, task, refs, hyps, list(hyps)[:-1])
+        langs = sorted({item["lang"] for item in items})
+        for lang in langs if len(langs) > 1 else []:
+            rows = [i for i, item in enumerate(items) if item["lang"] == lang]
+            print_table(f"{name}, {lang}", task, [refs[i] for i in rows], {label: [h[i] for i in rows] for label, h in hyps.items()})
+        for i in range(min(args.show, len(refs))):
+            print(f"  ref  {refs[i]}", *(f"\n  hyp  {h[i]}" for h in hyps.values()))
+
+
+def check_arguments(args, defaults):
+    """Ends the program where a number is none, or where flags do not go together."""
+    for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
+        value = getattr(args, key)
+        if value is not None and not least <= value < 2**32:
+            data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
+    unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "--ckpt")
+    if args.table:
+        unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "--table")
+    if args.table and not args.data:
+        unfit |= dict.fromkeys(["flags", "lang"], "--table without --data")
+    for key, mode in unfit.items():
+        if getattr(args, key) != defaults[key]:
+            data.die(f"--{key.replace('_', '-')}: is not for {mode}; leave it out")
+    if args.table == "rba" and args.data:
+        data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
+    if args.beam > 1 and args.temperature:
+        data.die(f"--beam {args.beam}: not with --temperature; leave one of them out")
+    if args.top_p != 1 and not args.temperature:
+        data.die(f"--top-p {args.top_p}: is of samples; give --temperature, too")
+    if not all(map(str.isdecimal, args.seeds.split(","))):
+        data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
+    try:
+        shlex.split(args.flags)
+    except ValueError as e:
+        data.die(f"--flags {args.flags}: {e}; close its quotes")
 
 
 def main():
@@ -806,7 +841,7 @@ def main():
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
     p.add_argument("--bench", nargs="?", const="all", metavar="SHAPES",
                    help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (a GPU's); or DECODER,PROMPT,UTTERANCES,G,NEW")
-    p.add_argument("--engine", choices=["earshot", "transformers", "trl"], help="with --bench SHAPE: measure one, print JSON")
+    p.add_argument("--engine", choices=ENGINES, help="with --bench SHAPE: measure one, print JSON")
     p.add_argument("--seeds", default="0,1,2", help="with --table: the seeds to average over")
     p.add_argument("--ckpt", help="folder of a run (its best.pt) or a checkpoint file")
     p.add_argument("--question", help="what to ask about the files, of a model of the task sqa")
@@ -825,73 +860,16 @@ def main():
     args = p.parse_args()
     if args.bench:
         device = pick_device(args.device)
-        letters = "ABC" + "D" * (device.type == "cuda") if args.bench == "all" else args.bench
-        shapes = list(letters) if letters.isalpha() else [letters]
-        for shape in shapes:
-            shape_of(shape)
-        if not args.engine:
-            return bench(shapes, device)
-        engine = {"earshot": bench_earshot, "transformers": bench_transformers, "trl": bench_trl}[args.engine]
-        return print(json.dumps(engine(args.bench, device)))
-    for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
-        value = getattr(args, key)
-        if value is not None and not least <= value < 2**32:
-            data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
-    if args.beam > 1 and (args.temperature or args.table):
-        data.die(f"--beam {args.beam}: not with --temperature or --table; leave one of them out")
-    if args.top_p != 1 and not args.temperature:
-        data.die(f"--top-p {args.top_p}: is of samples; give --temperature, too")
-    unfit = [flag for flag in ("ckpt", "files", "sets", "max_new", "seed") if getattr(args, flag) not in (None, [])] if args.table else [
-        flag for flag in ("run", "metric", "flags") if getattr(args, flag)]
-    if unfit:
-        data.die(f"--{unfit[0].replace('_', '-')}: is not for {'--table' if args.table else '--ckpt'}; leave one of the two out")
+        which = args.bench if args.bench != "all" else "ABCD" if device.type == "cuda" else "ABC"
+        if args.engine:
+            return print(json.dumps(ENGINES[args.engine](which, device)))
+        return bench(list(which) if which.isalpha() else [which], device)
+    check_arguments(args, vars(p.parse_args([])))
     if args.table:
         return print_paper_table(args)
     if not args.ckpt:
         p.error("give --ckpt, the folder of a run, or --table")
-    model = load_model(args.ckpt, pick_device(args.device))
-    config = os.path.join(args.ckpt if os.path.isdir(args.ckpt) else os.path.dirname(args.ckpt), "config.json")
-    of_run = read_json(config) if os.path.exists(config) else {}
-    args.seed = of_run.get("seed", 0) if args.seed is None else args.seed
-    known = not args.data or os.path.abspath(args.data) == of_run.get("data")  # else all of it is for testing
-    args.data = args.data or of_run.get("data")
-    args.max_new = args.max_new or of_run.get("max_new", 64)
-
-    task, lang = of_run.get("task", "asr"), of_run.get("lang", "de")
-    if args.files:
-        if task == "sqa" and not args.question:
-            data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
-        asked = data.instruct(task, lang, args.question)
-        for path in args.files:
-            heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
-            print(f"{path}\t{transcribe(model, heard, args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)[0]}")
-        return
-
-    domain = of_run.get("domain") or (of_run.get("before") or {}).get("domain", "hard")
-    corpus = data.open_corpus(args.data, args.seed, args.test_size, task, lang, domain, train=known)
-    names = args.sets.split(",") if args.sets else corpus.tests
-    for name in names:
-        if name not in corpus.sets:
-            data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
-    models = {args.against: load_model(args.against, pick_device(args.device))} if args.against else {}
-    models[args.ckpt] = model
-    short = {"/".join(os.path.normpath(path).split(os.sep)[-2:]): m for path, m in models.items()}
-    models = short if len(short) == len(models) else models
-    for name in names:
-        heard = {ckpt: hear_set(m, corpus, name) for ckpt, m in models.items()}
-        items = heard[list(models)[-1]]
-        refs = [item["target"] for item in items]
-        hyps = {}
-        for ckpt, m in models.items():
-            torch.manual_seed(args.seed)  # of the samples, if any
-            hyps[ckpt] = transcribe(m, heard[ckpt], args.beam, args.max_new, temperature=args.temperature, top_p=args.top_p)
-        print_table(name, task, refs, hyps, list(hyps)[:-1])
-        langs = sorted({item["lang"] for item in items})
-        for lang in langs if len(langs) > 1 else []:
-            rows = [i for i, item in enumerate(items) if item["lang"] == lang]
-            print_table(f"{name}, {lang}", task, [refs[i] for i in rows], {ckpt: [h[i] for i in rows] for ckpt, h in hyps.items()})
-        for i in range(min(args.show, len(refs))):
-            print(f"  ref  {refs[i]}", *(f"\n  hyp  {h[i]}" for h in hyps.values()))
+    examine(args)
 
 
 if __name__ == "__main__":
