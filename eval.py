@@ -15,6 +15,7 @@ Letters: B utterances, T frames (10 ms for mel, 40 ms after the encoder), M mel 
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -55,6 +56,15 @@ def pick_device(name=None):
     data.die(f"--device {name}: not here, or not to be used; give cpu, cuda or cuda:N, or leave the flag out")
 
 
+def keep_pages():
+    """Has glibc's malloc keep what is freed for the next tensor. By default each tensor of over 32 MB gets new pages from the system, and
+    the first touch of each page is a fault: with a 29M decoder that was a tenth of a learning phase's time (LOG.md, "eleventh")."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: left as it is
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: smaller ones come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+
+
 def autocast(device):
     """bf16 compute on a GPU; the weights stay fp32. On CPU nothing changes."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
@@ -66,6 +76,13 @@ def read_json(path):
         return {**json.loads(Path(path).read_text())}
     except (OSError, ValueError, TypeError) as e:  # TypeError: of what is JSON, but no object
         data.die(f"{path}: cannot be read ({e}); remove {os.path.dirname(path)} to make it again, or put the file back")
+
+
+def write_json(path, found):
+    """Writes a .json file under a name of this process's own, then renames it: others see all of it, or the one before."""
+    with open(f"{path}.{os.getpid()}.tmp", "w") as f:
+        json.dump(found, f, indent=1)
+    os.replace(f.name, path)
 
 
 def read_log(folder):
@@ -328,10 +345,8 @@ def print_table(name, task, refs, hyps, bases=()):
 
 def keep_transcripts(folder, name, source, refs, hyps):
     """Writes transcripts of a set to folder/NAME.hyps.json, for the papers' tables. source: a recorded corpus's path, else None."""
-    path = os.path.join(folder, f"{name}.hyps.json")
-    with open(f"{path}.{os.getpid()}.tmp", "w") as f:  # rows of a table that run side by side write SFT's at once
-        json.dump({"data": source and os.path.abspath(source), "refs": refs, "hyps": hyps}, f, indent=0)
-    os.replace(f.name, path)
+    found = {"data": source and os.path.abspath(source), "refs": refs, "hyps": hyps}
+    write_json(os.path.join(folder, f"{name}.hyps.json"), found)  # rows of a table that run side by side write SFT's at once
 
 
 # ---------------------------------------------------------------------------------------------- the papers' tables
@@ -544,8 +559,8 @@ def forward_flops(c, B, P, N, T):
 
 def micro_batch(c, P, G, T, device):
     """Utterances in one backward pass, where --micro does not say: as many as keep attention's scores of their G responses of T tokens
-    against prompts of P positions, often the largest tensor, to 16 MB on a CPU and 128 on a GPU, but one at the least. (Over 32 MB a
-    tensor gets new pages from the system each time, and learning took half as long again.)"""
+    against prompts of P positions, often the largest tensor, to 16 MB on a CPU and 128 on a GPU, but one at the least: larger pieces
+    take more memory and are no quicker."""
     return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
 
 
@@ -858,6 +873,7 @@ def main():
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
+    keep_pages()
     if args.bench:
         device = pick_device(args.device)
         which = args.bench if args.bench != "all" else "ABCD" if device.type == "cuda" else "ABC"

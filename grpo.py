@@ -45,7 +45,6 @@ Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript wi
 """
 import argparse
 import functools
-import json
 import os
 
 import numpy as np
@@ -55,7 +54,7 @@ import torch.nn.functional as F
 import data
 import sft
 from encoder import length_mask
-from eval import autocast, hear_set, keep_transcripts, load_model, micro_batch, pick_device, print_table, transcribe
+from eval import autocast, hear_set, keep_transcripts, load_model, micro_batch, pick_device, print_table, transcribe, write_json
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
@@ -462,9 +461,7 @@ def report(args, corpus, folder):
         result["sets"][test] = print_table(test, args.task, refs, rows, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: rows["SFT"][i] == rows[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {rows['SFT'][i]}\n  {args.algo:10} {rows[last][i]}")
-    with open(os.path.join(folder, "result.json.tmp"), "w") as f:
-        json.dump(result, f, indent=1)
-    os.replace(os.path.join(folder, "result.json.tmp"), os.path.join(folder, "result.json"))
+    write_json(os.path.join(folder, "result.json"), result)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
-from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, limits, listen, load_model, loader, micro_batch,
-                  pick_device, read_json, read_log, shortfall, transcribe)
+from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, keep_pages, limits, listen, load_model, loader,
+                  micro_batch, pick_device, read_json, read_log, shortfall, transcribe, write_json)
 from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -255,6 +255,7 @@ def finish_arguments(args):
         data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, a twentieth for dev, the rest for RL")
     if args.teacher_steps and (args.data or args.init):
         data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
+    keep_pages()
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain, args.views)
     args.contents = corpus.contents if args.data else None
@@ -331,9 +332,7 @@ def open_run(folder, config, remedy="--name"):
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
-            with open(path + ".tmp", "w") as f:
-                json.dump(config, f, indent=1)
-            os.replace(path + ".tmp", path)
+            write_json(path, config)
         except OSError as e:
             data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
     wait()

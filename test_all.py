@@ -1321,6 +1321,26 @@ def test_a_tables_columns_against_counts_by_hand():
             assert draws(counts_of(task, refs, hyps, metric))[0] == pytest.approx(row[column]) and row[column] > 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_large_tensors_get_their_old_pages_back():
+    """Page faults of ten tensors of 64 MB, one after the other: one tensor's, and without the call, the negative control, all ten's."""
+    count = """import resource, torch, eval
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+{}
+torch.ones(2**24)
+first = faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(faults() - first)"""
+
+    def faults(call):
+        done = subprocess.run([sys.executable, "-c", count.format(call)], capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__))
+        return int(done.stdout)
+
+    kept, new = faults("eval.keep_pages()"), faults("")
+    assert kept < 100 and new > 300, (kept, new)  # 160,000 by small pages, 320 by pages of 2 MB
+
+
 def test_pieces_of_an_update_are_small_where_prompts_are_long(monkeypatch):
     """--micro's default: all 24 utterances of the embedded corpus at once, whose numbers it then cannot change; few with prompts of 30 s,
     and fewer the larger the group."""
