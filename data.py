@@ -48,6 +48,11 @@ EDGE = (0.05, 0.25)                          # s of silence before the first and
 KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
 
 # ---------------------------------------------------------------------------------------------------- text
+def table(text):
+    """Entries of a key and its values, divided by `;` or a line's end: {key: [value, ...]}."""
+    return {key: values for key, *values in map(str.split, text.replace("\n", ";").split(";"))}
+
+
 # word and phones (ARPAbet without stress, AX for the reduced vowel); the groups feed the grammar below.
 LEXICON_TEXT = {
     "digits": """zero Z IH R OW;one W AH N;two T UW;three TH R IY;four F AO R;five F AY V;six S IH K S
@@ -68,20 +73,40 @@ LEXICON_TEXT = {
         down D AW N;cancel K AE N S AX L;send S EH N D;message M EH S AX JH;read R IY D;news N UW Z;red R EH D
         green G R IY N;blue B L UW;black B L AE K;white W AY T;pin P IH N;pen P EH N;bat B AE T;cat K AE T
         sheep SH IY P;ship SH IH P;boy B OY;look L UH K"""}
-ENTRIES = {g: [e.split() for e in t.replace("\n", ";").split(";")] for g, t in LEXICON_TEXT.items()}
-GROUPS = {g: [e[0] for e in entries] for g, entries in ENTRIES.items()}
-LEXICON = {e[0]: e[1:] for entries in ENTRIES.values() for e in entries}
+LEXICON_TABLES = {group: table(text) for group, text in LEXICON_TEXT.items()}
+GROUPS = {group: list(words) for group, words in LEXICON_TABLES.items()}
+LEXICON = {word: phones for words in LEXICON_TABLES.values() for word, phones in words.items()}
 RANDOM_WORDS = [w for w in LEXICON if w not in {"for", "the"}]       # not what sounds like another (four) or is weak
 WEAK = set("the in for at and is".split())                         # spoken shorter, without a pitch accent
 # Each command has 15 forms and more: of one with two, the form that falls to test would be a tenth of all test sentences.
-COMMANDS = """turn SWITCH the DEVICE in the ROOM;turn SWITCH the DEVICE for NAME;set alarm for NUMBER
-    set timer for NUMBER UNIT;stop the timer in NUMBER UNIT;start timer for NUMBER UNIT;play THING for NAME
-    play the next song for NAME;play song NUMBER;turn the volume UPDOWN in NUMBER minutes;volume NUMBER;call NAME
-    call NAME DAY;text NAME and NAME;read the message for NAME;send NAME the message DAY;open the OPENING for NAME
-    close the OPENING in the ROOM;open the OPENING and close the OPENING;what is the weather in NUMBER hours
-    read the news for NAME;look at the COLOUR OBJECT;cancel the alarm at NUMBER DAY;is the OPENING in the ROOM open
-    COLOUR OBJECT and COLOUR OBJECT;set the lights in the ROOM COLOUR"""
-COMMANDS = [c.strip() for c in COMMANDS.replace("\n", ";").split(";")]
+# Beside it its German, in which :FORM asks for a row of FORMS. SWITCH and UPDOWN are verb prefixes there and go last.
+COMMANDS = """turn SWITCH the DEVICE in the ROOM | schalte DEVICE:a ROOM:d SWITCH
+    turn SWITCH the DEVICE for NAME | schalte DEVICE:a für NAME SWITCH
+    set alarm for NUMBER | stelle den wecker auf NUMBER uhr
+    set timer for NUMBER UNIT | stelle den timer auf NUMBER UNIT
+    stop the timer in NUMBER UNIT | halte den timer in NUMBER UNIT an
+    start timer for NUMBER UNIT | starte einen timer für NUMBER UNIT
+    play THING for NAME | spiele THING:a für NAME
+    play the next song for NAME | spiele das nächste lied für NAME
+    play song NUMBER | spiele lied NUMBER
+    turn the volume UPDOWN in NUMBER minutes | dreh die lautstärke in NUMBER minuten UPDOWN
+    volume NUMBER | lautstärke NUMBER
+    call NAME | ruf NAME an
+    call NAME DAY | ruf NAME DAY an
+    text NAME and NAME | schreibe NAME und NAME
+    read the message for NAME | lies die nachricht für NAME vor
+    send NAME the message DAY | sende NAME DAY die nachricht
+    open the OPENING for NAME | öffne OPENING:a für NAME
+    close the OPENING in the ROOM | schließe OPENING:a ROOM:d
+    open the OPENING and close the OPENING | öffne OPENING:a und schließe OPENING:a
+    what is the weather in NUMBER hours | wie ist das wetter in NUMBER stunden
+    read the news for NAME | lies NAME die nachrichten vor
+    look at the COLOUR OBJECT | sieh dir COLOUR+OBJECT:A an
+    cancel the alarm at NUMBER DAY | lösche den wecker DAY um NUMBER uhr
+    is the OPENING in the ROOM open | ist OPENING:n ROOM:d offen
+    COLOUR OBJECT and COLOUR OBJECT | COLOUR+OBJECT:N und COLOUR+OBJECT:N
+    set the lights in the ROOM COLOUR | stelle die lichter ROOM:d auf COLOUR"""
+COMMANDS = [tuple(side.strip() for side in line.split("|")) for line in COMMANDS.splitlines()]
 SLOTS = {k: v.split() for k, v in {
     "SWITCH": "on off", "DEVICE": "light lights lamp fan heater radio alarm", "UNIT": "minutes hours",
     "ROOM": "kitchen bedroom garage office", "THING": "music news song radio message", "UPDOWN": "up down",
@@ -94,80 +119,56 @@ def sentence(rng, hard):
     """A sentence of lower-case lexicon words without punctuation. `hard`: mostly strings nobody can guess."""
     kind = rng.choice(5, p=KINDS[hard])
     if kind == 0:
-        words = COMMANDS[rng.integers(len(COMMANDS))].split()
+        words = COMMANDS[rng.integers(len(COMMANDS))][0].split()
         return " ".join(str(rng.choice(SLOTS[w])) if w in SLOTS else w for w in words)
     group, least, most = [(GROUPS["digits"], 3, 5), (GROUPS["letters"], 2, 4), (GROUPS["names"], 2, 4),
                           (RANDOM_WORDS, 2, 5)][kind - 1]
     return " ".join(rng.choice(group, rng.integers(least, most + 1)))
 
 
-# The commands in German, in COMMANDS' order: a slot takes its English words in their order, `a` with the article in the accusative,
-# `d` in the dative after "in"; SWITCH and UPDOWN are verb prefixes and go last.
-GERMAN = """schalte DEVICE:a ROOM:d SWITCH;schalte DEVICE:a für NAME SWITCH;stelle den wecker auf NUMBER:bare uhr
-    stelle den timer auf NUMBER UNIT:a;halte den timer in NUMBER UNIT:d an;starte einen timer für NUMBER UNIT:a
-    spiele THING:a für NAME;spiele das nächste lied für NAME;spiele lied NUMBER;dreh die lautstärke in NUMBER minuten:d UPDOWN
-    lautstärke NUMBER;ruf NAME an;ruf NAME DAY an;schreibe NAME und NAME;lies die nachricht für NAME vor
-    sende NAME DAY die nachricht;öffne OPENING:a für NAME;schließe OPENING:a ROOM:d;öffne OPENING:a und schließe OPENING:a
-    wie ist das wetter in NUMBER stunden:d;lies NAME die nachrichten vor;sieh dir COLOUR:a OBJECT an
-    lösche den wecker DAY um NUMBER:bare uhr;ist OPENING:n ROOM:d offen;COLOUR:n OBJECT und COLOUR:n OBJECT
-    stelle die lichter ROOM:d auf COLOUR"""
-GERMAN = [g.strip() for g in GERMAN.replace("\n", ";").split(";")]
 GERMAN_WORDS = dict(pair.split(":") for pair in """on:ein off:aus up:hoch down:herunter today:heute tomorrow:morgen zero:null
     one:eins two:zwei three:drei four:vier five:fünf six:sechs seven:sieben eight:acht nine:neun ten:zehn thirteen:dreizehn
     thirty:dreißig fourteen:vierzehn forty:vierzig fifteen:fünfzehn fifty:fünfzig red:rot green:grün blue:blau black:schwarz
-    white:weiß minutes:minute hours:stunde""".split())
-GERMAN_NOUNS = {w: (g, n) for w, g, n in (e.split(":") for e in """light:n:licht lights:p:lichter lamp:f:lampe fan:m:ventilator
-    heater:f:heizung radio:n:radio alarm:m:wecker kitchen:f:küche bedroom:n:schlafzimmer garage:f:garage office:n:büro
-    door:f:tür window:n:fenster gate:n:tor pin:f:nadel pen:m:stift bat:m:schläger cat:f:katze sheep:n:schaf ship:n:schiff
-    music:f:musik news:p:nachrichten song:n:lied message:f:nachricht""".split())}
-ARTICLES = {"a": dict(m="den", f="die", n="das", p="die"), "n": dict(m="der", f="die", n="das", p="die"),
-            "d": dict(m="im", f="in der", n="im", p="in den")}
+    white:weiß minutes:minuten hours:stunden""".split())
+GERMAN_NOUNS = table("""light n licht;lights p lichter;lamp f lampe;fan m ventilator;heater f heizung;radio n radio;alarm m wecker
+    kitchen f küche;bedroom n schlafzimmer;garage f garage;office n büro;door f tür;window n fenster;gate n tor;pin f nadel
+    pen m stift;bat m schläger;cat f katze;sheep n schaf;ship n schiff;music f musik;news p nachrichten;song n lied
+    message f nachricht""")
+# What stands before a noun, by its gender or p, plural: the article in the nominative, in the accusative, in the dative after "in";
+# article and colour in the accusative; the colour alone in the nominative.
+FORMS = {"n": dict(m="der", f="die", n="das", p="die"), "a": dict(m="den", f="die", n="das", p="die"),
+         "d": dict(m="im", f="in der", n="im", p="in den"),
+         "A": dict(m="den {}en", f="die {}e", n="das {}e"), "N": dict(m="{}er", f="{}e", n="{}es")}
 
 
 def german(text):
     """The German translation of a command, a digit string or a string of names, as a synchronous grammar has it: with its own word
     order, articles, cases and endings. None for what has no fluent translation: letters and words at random."""
     words = text.split()
-    for english, other in zip(COMMANDS, GERMAN):
-        pattern = english.split()
-        if len(pattern) == len(words) and all(w in SLOTS[p] if p in SLOTS else w == p for p, w in zip(pattern, words)):
-            return german_command(other.split(), [(p, w) for p, w in zip(pattern, words) if p in SLOTS])
-    for group in ("digits", "names"):
-        if all(word in GROUPS[group] for word in words):
-            return " ".join(GERMAN_WORDS.get(word, word) for word in words)
+    for english, template in COMMANDS:
+        names = english.split()
+        if len(names) == len(words) and all(word in SLOTS.get(name, [name]) for name, word in zip(names, words)):
+            said = {}                                              # the words of each slot, in their order
+            for name, word in zip(names, words):
+                said.setdefault(name, []).append(word)
+            return german_command(template, said)
+    if any(set(words) <= set(GROUPS[group]) for group in ("digits", "names")):
+        return " ".join(GERMAN_WORDS.get(word, word) for word in words)
     return None
 
 
-def german_command(pattern, slots):
-    """Fills a German command: slots are (slot, English word), each used once, the first of its name first."""
-    def take(name):
-        word = next(w for p, w in slots if p == name)
-        slots.remove((name, word))
-        return word
-
-    out, number = [], None
-    for token in pattern:
-        name, _, case = token.partition(":")
-        if name in ("minuten", "stunden", "UNIT"):     # eine minute, einer minute, neun minuten
-            noun = GERMAN_WORDS[take("UNIT")] if name == "UNIT" else name[:-1]
-            if number == "one":
-                out[-1] = "eine" if case == "a" else "einer"
-            out.append(noun if number == "one" else noun + "n")
-        elif name not in SLOTS:
-            out.append(name)
-        elif name == "COLOUR" and case:                # den roten stift; roter stift
-            colour, (gender, noun) = GERMAN_WORDS[take(name)], GERMAN_NOUNS[take("OBJECT")]
-            ending = ("en" if gender == "m" else "e") if case == "a" else dict(m="er", f="e", n="es")[gender]
-            out += [ARTICLES["a"][gender]] * (case == "a") + [colour + ending, noun]
-        elif name != "OBJECT":
-            word = take(name)
-            number = word if name == "NUMBER" else number
-            if word in GERMAN_NOUNS and case:
-                gender, noun = GERMAN_NOUNS[word]
-                out += [*ARTICLES[case][gender].split(), noun]
-            else:
-                out.append("ein" if (word, case) == ("one", "bare") else GERMAN_WORDS.get(word, word))
-    return " ".join(out)
+def german_command(template, said):
+    """Fills the slots of a German command with what is said (slot: English words), each word used once."""
+    out = []
+    for token in template.split():
+        names, _, form = token.partition(":")
+        *colour, word = [said[name].pop(0) if name in SLOTS else name for name in names.split("+")]
+        if form:
+            gender, word = GERMAN_NOUNS[word]
+            out.append(FORMS[form][gender].format(*(GERMAN_WORDS[c] for c in colour)))
+        out.append(GERMAN_WORDS.get(word, word))
+    text = " ".join(out).replace("eins uhr", "ein uhr")
+    return re.sub(r"\b(in )?eins (minute|stunde)n", lambda one: ("in einer " if one[1] else "eine ") + one[2], text)
 
 
 TASKS = ("asr", "ast", "sqa")
@@ -237,17 +238,17 @@ def sentence_in(split, rng, hard, task="asr"):
 
 # --------------------------------------------------------------------------------------------- synthesiser
 # Vowels: ms, F1-F3 at the start and at the end (Hz, a man's voice).
-VOWELS = """IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 1750 2570
+VOWELS = table("""IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 1750 2570
     EY 170 480 1780 2520 330 2120 2650;EH 115 540 1750 2500 600 1640 2500
     AE 160 640 1700 2430 680 1580 2450;AA 160 720 1180 2550 720 1200 2550
     AO 160 590 900 2550 610 960 2550;AH 110 630 1220 2550 620 1240 2550
     AX 65 500 1420 2500 500 1420 2500;OW 170 540 1050 2350 420 820 2300
     UH 100 450 1080 2350 470 1120 2350;UW 150 330 1150 2250 310 950 2200
     ER 160 470 1270 1620 450 1300 1600;AY 210 700 1200 2550 380 2000 2600
-    AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500"""
+    AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500""")
 # Consonants: ms, F1-F3 to glide to, voice dB, breath dB, friction dB (against a vowel; 0 is none of it),
 # centre and width of the friction's band in Hz.
-CONSONANTS = """W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 320 1080 1420 -6 0 0 0 0
+CONSONANTS = table("""W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 320 1080 1420 -6 0 0 0 0
     L 80 330 1050 2850 -6 0 0 0 0;M 110 300 1150 2150 -5 0 0 0 0;N 105 300 1600 2600 -5 0 0 0 0
     NG 95 300 2000 2700 -5 0 0 0 0;HH 75 0 0 0 0 -17 0 0 0;F 95 340 1100 2080 0 0 -27 5000 5000
     V 70 270 1100 2080 -9 0 -32 5000 5000;TH 95 320 1350 2540 0 0 -29 6500 3500
@@ -257,10 +258,9 @@ CONSONANTS = """W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 
     B 70 220 950 2150 -20 0 -22 1000 2500;T 65 300 1750 2700 0 -22 -10 5000 2200
     D 60 220 1750 2700 -20 0 -15 4500 2200;K 70 300 1990 2500 0 -21 -12 2000 700
     G 65 220 1990 2500 -20 0 -16 2000 700;CH 55 320 1850 2700 0 -30 -9 3400 1200
-    JH 50 240 1850 2700 -20 0 -13 3300 1200"""
+    JH 50 240 1850 2700 -20 0 -13 3300 1200""")
 VOT = {"P": 45, "T": 50, "K": 60, "B": 4, "D": 8, "G": 15, "CH": 75, "JH": 50}   # ms from burst to voice
-VOWELS, CONSONANTS = ({e.split()[0]: np.array(e.split()[1:], float) for e in t.replace("\n", ";").split(";")}
-                      for t in (VOWELS, CONSONANTS))
+VOWELS, CONSONANTS = ({phone: np.array(row, float) for phone, row in rows.items()} for rows in (VOWELS, CONSONANTS))
 VELARS = {"K", "G", "NG"}
 NASALS = {"M": 1000.0, "N": 1600.0, "NG": 2800.0}                  # Hz of the dip the closed mouth makes
 Z = np.exp(-2j * np.pi * np.outer(np.arange(3), np.arange(FFT // 2 + 1)) / FFT).astype(np.complex64)  # (3, K): z**-k
@@ -686,27 +686,14 @@ def die(message):
     raise SystemExit(2)
 
 
-def resample(x, sr_in, sr_out, zeros=24):
-    """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). A windowed sinc with
-    `zeros` zero crossings a side, cut off below the lower Nyquist frequency so that nothing folds back."""
+def resample(x, sr_in, sr_out):
+    """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). The spectrum ends at the lower Nyquist
+    frequency, so that nothing folds back."""
     if sr_in == sr_out:
         return np.asarray(x, np.float32)
-    g = math.gcd(sr_in, sr_out)
-    up, down = sr_out // g, sr_in // g
-    cut = 0.95 * min(1.0, up / down)         # of the input's Nyquist; the 5 % pays for a finite filter
-    half = math.ceil(zeros / cut)
-    count = round(len(x) * sr_out / sr_in)
-    taps = np.arange(-half, half + 1)
-    x = np.pad(np.asarray(x, np.float32), (half, half + down + 1))
-    view = np.lib.stride_tricks.sliding_window_view(x, 2 * half + 1)
-    out = np.zeros(count, np.float32)
-    for phase in range(min(up, count)):      # outputs phase, phase + up, ... all use the same filter
-        start, rest = divmod(phase * down, up)
-        at = taps - rest / up                # (taps,) input samples from the output's place
-        h = cut * np.sinc(cut * at) * np.kaiser(2 * half + 1, 8.0)
-        rows = len(range(phase, count, up))
-        out[phase::up] = view[start::down][:rows] @ (h / h.sum()).astype(np.float32)
-    return out
+    seconds = len(x) // sr_in + 2            # whole ones, of whole samples at any rate; a silent one parts the end from the start
+    y = np.fft.irfft(np.fft.rfft(x, seconds * sr_in), seconds * sr_out) * (sr_out / sr_in)
+    return y[:round(len(x) * sr_out / sr_in)].astype(np.float32)
 
 
 def load_audio(path):
@@ -726,7 +713,8 @@ def load_audio(path):
 
 
 def not_too_long(seconds, path):
-    """Ends the program at a recording over LONGEST_SECONDS, whose batch might take more memory than there is."""
+    """Ends the program at audio over LONGEST_SECONDS, whose batch might take more memory than there is (read_data leaves out what says
+    how long it is)."""
     if seconds > LONGEST_SECONDS:
         die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
@@ -736,24 +724,60 @@ def share(key):
     return zlib.crc32(key.encode()) / 2 ** 32
 
 
-def item_from_line(raw, where, folder, check):
-    """One manifest line (bytes) as an item; dies with `where` (FILE:LINE) about anything wrong with it."""
-    try:
-        item = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
-    if not isinstance(item, dict):
-        die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
-    for key in ("audio_filepath", "text"):
+def lines_of(path):
+    """(FILE:LINE, text) of each line of a UTF-8 file that is not empty."""
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as e:
+                die(f"{where}: not UTF-8 ({e}); save the file as UTF-8")
+            if line:
+                yield where, line
+
+
+def manifest_lines(path):
+    """(FILE:LINE, item as written) of each line of a .jsonl file in NeMo's form."""
+    for where, line in lines_of(path):
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
+        if not isinstance(item, dict):
+            die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
+        yield where, item
+
+
+def librispeech_lines(root, files):
+    """(FILE:LINE, item) of each line `ID TRANSCRIPT` in the *.trans.txt files of a LibriSpeech tree; the audio is ID.flac beside it.
+    A folder called train-*, dev-* or test-* (the root itself may be one) names the split."""
+    seen = {}
+    for file in files:
+        folders = (root.resolve().name, *file.relative_to(root).parts)
+        split = [("split", name) for name in folders if name.startswith(("train-", "dev-", "test-"))][:1]
+        for where, line in lines_of(file):
+            key, _, text = line.partition(" ")
+            if key in seen:
+                die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
+            seen[key] = where
+            yield where, {"id": key, "audio_filepath": str(file.resolve().parent / f"{key}.flac"), "text": text,
+                          "speaker": key.split("-")[0], **dict(split)}
+
+
+def checked(item, where, folder, look):
+    """An item as `read_data` gives it; anything wrong with it ends the program with a line that begins with `where` (FILE:LINE).
+    folder: what audio_filepath is relative to. look: whether the audio file is looked up."""
+    for key in ("audio_filepath", "text", "id", "lang", "split", "speaker", "translation", "question", "answer"):
         if key not in item:
-            die(f"{where}: no {key!r}; every line needs audio_filepath and text")
-    for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question", "answer"):
-        by_lang = key == "translation" and isinstance(item.get(key), dict)         # {"de": "...", "fr": "..."}
-        for value in item[key].values() if by_lang else [item[key]] if key in item else []:
+            if key in ("audio_filepath", "text"):
+                die(f"{where}: no {key!r}; every line needs audio_filepath and text")
+            continue
+        by_lang = key == "translation" and isinstance(item[key], dict)             # {"de": "...", "fr": "..."}
+        for value in item[key].values() if by_lang else [item[key]]:
             if not isinstance(value, str):
                 die(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a string; put it in quotes")
-    for key in ("audio_filepath", "text", "id", "lang", "split"):
-        if key in item and not item[key].strip():
+        if key in ("audio_filepath", "id", "lang", "split") and not item[key].strip():
             die(f"{where}: {key!r} is empty; fill it in or drop the line")
     if not any(map(str.isalnum, item["text"])):
         die(f"{where}: 'text' has no letter and no digit; fill it in or drop the line")
@@ -762,92 +786,58 @@ def item_from_line(raw, where, folder, check):
     if item.get("offset"):
         die(f"{where}: has an offset, and files are read whole; cut the audio, or drop the line")
     path = os.path.normpath(os.path.join(folder, item["audio_filepath"]))
-    if check and not os.path.isfile(path):
-        die(f"{where}: audio file {path} does not exist; paths are taken from the manifest's folder")
-    seconds = item["duration"] if "duration" in item else duration_of(path, where)
+    if look and not os.path.isfile(path):
+        die(f"{where}: audio file {path} does not exist; put it there, or correct or drop the line")
+    try:
+        seconds = item["duration"] if "duration" in item else sf.info(path).duration
+    except (sf.LibsndfileError, OSError, RuntimeError):
+        die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
         die(f"{where}: duration {json.dumps(seconds)} is not a positive number of seconds; "
             "correct it, or leave it out to have it read from the file")
-    stem = os.path.splitext(os.path.basename(path))[0]
-    item = {"id": stem, "lang": "en", "speaker": "", **item, "audio_filepath": path,
-            "duration": float(seconds), "text": item["text"].strip()}
+    item = {"id": os.path.splitext(os.path.basename(path))[0], "lang": "en", "speaker": "", **item,
+            "audio_filepath": path, "duration": float(seconds), "text": item["text"].strip()}
     # One string for all lines where json makes one for each: a million items fit into 0.6 GB, not 1.3.
     return {sys.intern(k): sys.intern(v) if k in ("lang", "speaker", "split") else v for k, v in item.items()}
 
 
-def duration_of(path, where):
-    """Seconds of an audio file, from its header."""
-    try:
-        return sf.info(path).duration
-    except (sf.LibsndfileError, OSError, RuntimeError):
-        die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
-
-
-def read_manifest(path):
-    """Items of a .jsonl file in NeMo's form, in file order. Past 100,000, audio files are not looked up."""
-    items = []
-    folder = os.path.dirname(os.path.abspath(path))
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if raw.strip():
-                items.append(item_from_line(raw, f"{path}:{number}", folder, len(items) < 100_000))
-    return items
-
-
-def read_librispeech(root, files):
-    """Items of a LibriSpeech tree: `ID TRANSCRIPT` lines in *.trans.txt beside ID.flac. A folder called
-    train-*, dev-* or test-* (the root itself may be one) names the split."""
-    items, seen = [], {}
-    for file in files:
-        parts = (root.resolve().name, *file.relative_to(root).parts)
-        split = next((p for p in parts if p.startswith(("train-", "dev-", "test-"))), None)
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                key, _, text = line.decode().strip().partition(" ")
-            except UnicodeDecodeError as e:
-                die(f"{where}: not UTF-8 ({e}); save the file as UTF-8")
-            if key in seen:
-                die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
-            seen[key] = where
-            audio = file.resolve().parent / f"{key}.flac"
-            if not any(map(str.isalnum, text)):
-                die(f"{where}: {key} has no transcript; fill it in or drop the line")
-            if not audio.is_file():
-                die(f"{where}: {audio} does not exist; unpack the audio again or drop the line")
-            items.append({"id": key, "audio_filepath": str(audio), "duration": duration_of(str(audio), where),
-                          "text": text.strip(), "lang": "en", "speaker": key.split("-")[0],
-                          **({"split": split} if split else {})})
-    return items
+def without_long(items, path):
+    """The items that are not over LONGEST_SECONDS, by the durations given; says on stderr how many are, and ends the program if all are."""
+    kept = [item for item in items if item["duration"] <= LONGEST_SECONDS]
+    if len(kept) < len(items):
+        first = next(item["audio_filepath"] for item in items if item["duration"] > LONGEST_SECONDS)
+        said = (f"{path}: {len(items) - len(kept)} of {len(items)} utterances are left out, {first} the first: "
+                f"over {LONGEST_SECONDS} s long; cut them into shorter pieces")
+        print(said, file=sys.stderr) if kept else die(said)
+    return kept
 
 
 def read_data(path, deal=True):
-    """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id,
-    audio_filepath (absolute), duration (s), text, lang, speaker, and whatever else its manifest line held.
+    """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id, audio_filepath (absolute),
+    duration (s), text, lang, speaker, and whatever else its manifest line held; those over LONGEST_SECONDS are left out.
     path: a folder with manifest.jsonl, a .jsonl or .json file (one object a line), or a LibriSpeech tree.
     Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
     where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
     Without a dev split, 5 % of train is set aside. deal False: for testing alone; what has no split is "test".
     Bad input ends the program with a line saying where."""
     root = Path(path)
+    manifest = root / "manifest.jsonl" if (root / "manifest.jsonl").is_file() else root
     if not root.exists():
         die(f"{path}: no such file or folder; give a manifest (.jsonl), its folder or a LibriSpeech tree")
-    if root.is_file() or (root / "manifest.jsonl").is_file():
-        source = root if root.is_file() else root / "manifest.jsonl"
-        if source.suffix not in (".jsonl", ".json"):
+    if manifest.is_file():
+        if manifest.suffix not in (".jsonl", ".json"):
             die(f"{path}: not a .jsonl or .json manifest; give a manifest, its folder or a LibriSpeech tree")
-        items = read_manifest(source)
+        lines = manifest_lines(manifest)
     else:
         files = sorted(root.rglob("*.trans.txt"))
         if not files:
             die(f"{path}: no manifest.jsonl or *.trans.txt inside; give a manifest or LibriSpeech tree")
-        items = read_librispeech(root, files)
+        lines = librispeech_lines(root, files)
+    folder = os.path.dirname(os.path.abspath(manifest))
+    items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # looking up a million takes minutes
     if not items:
         die(f"{path}: no utterances in it; it needs one line for each")
-    for item in items:
-        not_too_long(item["duration"], item["audio_filepath"])
+    items = without_long(items, path)
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
