@@ -1,15 +1,13 @@
 """Data: an endless made-up spoken corpus, and a reader for recorded corpora.
 
-The made-up corpus is English text from a small grammar, spoken by a formant synthesiser in many voices, under
-three conditions: `clean`, `hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on:
-echo, babble, long stretches without speech, voices out of the training range). It needs no download and no
-disk: `utterance(split, index)` makes item `index` whenever asked, the same one every time. Each sentence has
-questions with answers, and each command and each string of digits or names a German translation.
+The made-up corpus is English from a small grammar, spoken by a formant synthesiser in many voices, under three conditions: `clean`,
+`hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on: echo, babble, long stretches without speech, voices out
+of the training range). It needs no download and no disk: `utterance(split, index)` makes an item whenever asked, the same every time.
+Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 
     python data.py --listen DIR           write some utterances of each condition as wav, print a table
     python data.py --check PATH           print what a recorded corpus (manifest or LibriSpeech tree) holds
 
-Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 Letters in shape comments: n samples, T frames of 5 ms, K frequency bins, S segments (pieces of phones).
 """
 import argparse
@@ -33,13 +31,9 @@ LONGEST_SECONDS = 60                         # of recorded speech: attention's m
 SPLITS = {"train": 80, "dev": 10, "test": 10}                      # % of all sentences; no sentence is in two
 VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no voice is in two of these pools
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
-CLEAN_SNR = (20.0, 40.0)                     # dB, against the samples where somebody speaks
-HARD_SNR = (-6.0, 8.0)                       # dB; the knob for how hard `hard` is
-OOD_SNR = (6.0, 20.0)                        # dB
-VIEW_SNR, HARD_VIEW_SNR = (3.0, 25.0), (-5.0, 10.0)                # dB; the views of recorded speech that train SFT and GRPO
-VIEW_SPEED, HARD_VIEW_SPEED = (0.88, 1.12), (0.8, 1.25)            # times the recorded speed
-HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
-OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
+SNR = {"clean": (20.0, 40.0), "hard": (-6.0, 8.0), "ood": (6.0, 20.0)}  # dB, where somebody speaks; the knob for how hard `hard` is
+STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8, 2.5), 1.0)}  # s without speech; chance at each of 3 places
+VIEWS = {False: ((0.88, 1.12), (3.0, 25.0)), True: ((0.8, 1.25), (-5.0, 10.0))}  # of recorded speech, by `hard`: times the speed; dB
 OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
 CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
 OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
@@ -190,15 +184,14 @@ def pose(item, task, lang="de"):
     return item if item["target"] and (item["prompt"] or task == "asr") else None
 
 
-# What a sentence can be asked about: where it is said, with a slot for a word; the question; three wordings of the answer.
-FACTS = [("NAME", "who is named", "the one who is named is {};{} is named;it is {} who is named"),
-         ("in the ROOM", "which room is meant", "the room is the {};the {} is meant;it is the {}"),
-         ("NUMBER", "which number is said", "the number is {};{} is said;it is the number {}"),
-         ("DAY", "which day is meant", "it is meant for {};{} is meant;the day is {}"),
-         ("open the OPENING", "what is opened", "it is the {};the {} is opened;what is opened is the {}"),
-         ("close the OPENING", "what is closed", "it is the {};the {} is closed;what is closed is the {}"),
-         ("COLOUR", "which colour is named", "the colour is {};{} is named;it is {}")]
-FACTS = [(re.compile(rf"\b{re.sub('[A-Z]+', lambda slot: '(' + '|'.join(SLOTS[slot[0]]) + ')', said)}\b"), *rest) for said, *rest in FACTS]
+# What a command can be asked about: the words before a slot; the slot; the question; three wordings of the answer, _ for the word in it.
+FACTS = [("", "NAME", "who is named", "the one who is named is _;_ is named;it is _ who is named"),
+         ("in the", "ROOM", "which room is meant", "the room is the _;the _ is meant;it is the _"),
+         ("", "NUMBER", "which number is said", "the number is _;_ is said;it is the number _"),
+         ("", "DAY", "which day is meant", "it is meant for _;_ is meant;the day is _"),
+         ("open the", "OPENING", "what is opened", "it is the _;the _ is opened;what is opened is the _"),
+         ("close the", "OPENING", "what is closed", "it is the _;the _ is closed;what is closed is the _"),
+         ("", "COLOUR", "which colour is named", "the colour is _;_ is named;it is _")]
 
 
 def questions(text):
@@ -209,15 +202,17 @@ def questions(text):
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
     count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
-    pairs = [(f"what is the {place} of the {kind}",
-              f"the {place} of the {kind} is {{}};{{}} is the {place} of the {kind};the {place} one is {{}}", words[i])
-             for place, i in (("first", 0), ("last", -1))]
-    pairs.append((f"how many {kind} are there", f"there are {{}} {kind};{{}} {kind} are there;it has {{}} {kind}", count))
-    for said, question, answers in FACTS:
-        found = said.findall(text)
-        if kind == "words" and len(found) == 1:
-            pairs.append((question, answers, found[0]))
-    return [(question, answers.split(";")[zlib.crc32(f"{text} {question}".encode()) % 3].format(word)) for question, answers, word in pairs]
+    asked = [(f"what is the {place} of the {kind}",
+              f"the {place} of the {kind} is _;_ is the {place} of the {kind};the {place} one is _", word)
+             for place, word in (("first", words[0]), ("last", words[-1]))]
+    asked.append((f"how many {kind} are there", f"there are _ {kind};_ {kind} are there;it has _ {kind}", count))
+    for before, slot, question, answers in FACTS if kind == "words" else ():
+        lead = before.split()
+        found = [word for i, word in enumerate(words) if word in SLOTS[slot] and words[i - len(lead):i] == lead]
+        if len(found) == 1:
+            asked.append((question, answers, found[0]))
+    choice = lambda question: zlib.crc32(f"{text} {question}".encode()) % 3
+    return [(question, answers.split(";")[choice(question)].replace("_", word)) for question, answers, word in asked]
 
 
 def split_of(text):
@@ -526,10 +521,9 @@ def degrade(audio, condition, rng, babble=None):
     babble: tracks of single talkers (m, n')."""
     n = len(audio)
     if condition == "clean":
-        colour = str(rng.choice(["white", "pink", "brown"]))
-        audio = mix(audio, coloured_noise(n, rng, colour), rng.uniform(*CLEAN_SNR))
+        noise = coloured_noise(n, rng, str(rng.choice(["white", "pink", "brown"])))
     elif condition == "hard":
-        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
+        noise = uneven_noise(n, rng)
     else:
         kind = rng.choice(3, p=(0.45, 0.25, 0.3)) if condition == "ood" else int(condition != "babble")  # babble, noise, both
         noise = np.zeros(n, np.float32)
@@ -539,12 +533,12 @@ def degrade(audio, condition, rng, babble=None):
             noise /= noise.std()
         if kind != 0:
             noise += uneven_noise(n, rng)
-        clicks = 0.3 if condition == "ood" else float(condition == "pauses")
-        for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE) if rng.random() < clicks else 0):
-            noise[rng.integers(n)] += rng.uniform(5, 20)
+        if rng.random() < {"ood": 0.3, "pauses": 1.0}.get(condition, 0.0):
+            for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE)):    # clicks
+                noise[rng.integers(n)] += rng.uniform(5, 20)
         if condition in ("ood", "far"):
             audio = reverberate(audio, rng)
-        audio = mix(audio, noise, rng.uniform(*OOD_SNR))
+    audio = mix(audio, noise, rng.uniform(*SNR.get(condition, SNR["ood"])))
     return (audio * (rng.uniform(0.15, 0.95) / np.abs(audio).max())).astype(np.float32)
 
 
@@ -578,8 +572,7 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None, speak
         text = said["text"] if said else sentence_in(split, rng, condition != "clean", task)
         words = len(text.split())
         pauses = natural_pauses(words, rng)
-        stretch, p = {"hard": (HARD_STRETCH, HARD_STRETCH_P), "ood": (OOD_STRETCH, OOD_STRETCH_P),
-                      "pauses": (OOD_STRETCH, 2 * OOD_STRETCH_P)}.get(condition, ((0, 0), 0.0))
+        stretch, p = STRETCH.get(condition, ((0, 0), 0.0))
         for place in (0, words, int(rng.integers(1, words)) if words > 1 else 0):
             if rng.random() < p:
                 pauses[place] += rng.uniform(*stretch)
@@ -628,14 +621,16 @@ class Embedded:
         """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
         twentieth, RL what lies between, in TAKES voices each. No dialogue is in two, and of the sentences (sft.teach has
         them in order) two at the most."""
-        if not self.dialogues:
+        n = len(self.dialogues)
+        if not n:
             return None
-        rl, dev = len(self.dialogues) * 4 // 5, len(self.dialogues) * 19 // 20
         if stream == "grpo":
-            return self.dialogues[rl + number // TAKES % (dev - rl)]
-        if stream == "dev":
-            return self.dialogues[dev + number % (len(self.dialogues) - dev)]
-        return self.dialogues[(STREAMS[stream] * 7919 + number) % rl]
+            number, first, end = number // TAKES, n * 4 // 5, n * 19 // 20
+        elif stream == "dev":
+            first, end = n * 19 // 20, n
+        else:
+            number, first, end = STREAMS[stream] * 7919 + number, 0, n * 4 // 5
+        return self.dialogues[first + number % (end - first)]
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
@@ -929,10 +924,11 @@ def noisy_view(audio, rng, hard=False):
     utterance whose transcripts are all alike. float32 (n,) -> (n',)"""
     if not audio.any():                      # digital silence has no level to set a noise against
         return audio
-    n = max(2, int(len(audio) / rng.uniform(*(HARD_VIEW_SPEED if hard else VIEW_SPEED))))
+    speed, snr = VIEWS[hard]
+    n = max(2, int(len(audio) / rng.uniform(*speed)))
     audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
     if hard or rng.random() < 0.67:
-        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*(HARD_VIEW_SNR if hard else VIEW_SNR)))
+        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*snr))
     return degrade(audio, "clean", rng)
 
 
@@ -947,30 +943,6 @@ def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard",
     return Recorded(path, seed, task, lang, views, train) if path else Embedded(seed, test_size, task, domain)
 
 
-# ----------------------------------------------------------------------------------------------------- CLI
-def listen(folder, n, seed):
-    """Write n utterances of each condition to `folder` as wav and print what they say."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        die(f"--listen {folder}: cannot be made ({e}); give the name of a folder")
-    for condition in ("clean", "hard", "ood"):
-        for i in range(n):
-            item = utterance("test", i, seed, condition)
-            file = f"{item['id']}.wav"
-            sf.write(os.path.join(folder, file), item["audio"], SAMPLE_RATE)
-            print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
-
-
-def check(path):
-    """Print utterances, hours and speakers of each split of a recorded corpus."""
-    splits = read_data(path)                 # first: it may end the program
-    print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
-    for name, items in splits.items():
-        hours = sum(i["duration"] for i in items) / 3600
-        print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
-
-
 def main():
     """Command line: see the top of this file."""
     parser = argparse.ArgumentParser(description="Listen to the made-up corpus, or check a recorded one.")
@@ -982,7 +954,23 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or args.seed < 0:
         parser.error("--n must be at least 1 and --seed at least 0")
-    listen(args.listen, args.n, args.seed) if args.listen else check(args.check)
+    if args.check:
+        splits = read_data(args.check)       # first: it may end the program
+        print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
+        for name, items in splits.items():
+            hours = sum(i["duration"] for i in items) / 3600
+            print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
+        return
+    try:
+        os.makedirs(args.listen, exist_ok=True)
+    except OSError as e:
+        die(f"--listen {args.listen}: cannot be made ({e}); give the name of a folder")
+    for condition in ("clean", "hard", "ood"):
+        for i in range(args.n):
+            item = utterance("test", i, args.seed, condition)
+            file = f"{item['id']}.wav"
+            sf.write(os.path.join(args.listen, file), item["audio"], SAMPLE_RATE)
+            print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
 
 
 if __name__ == "__main__":
