@@ -36,8 +36,6 @@ STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8,
 VIEWS = {False: ((0.88, 1.12), (3.0, 25.0)), True: ((0.8, 1.25), (-5.0, 10.0))}  # of recorded speech, by `hard`: times the speed; dB
 OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
 CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
-OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
-EDGE = (0.05, 0.25)                          # s of silence before the first and after the last word
 # Shares of commands, digit, letter, name and random strings, by `hard`.
 KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
 
@@ -241,32 +239,34 @@ VOWELS = table("""IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 17
     UH 100 450 1080 2350 470 1120 2350;UW 150 330 1150 2250 310 950 2200
     ER 160 470 1270 1620 450 1300 1600;AY 210 700 1200 2550 380 2000 2600
     AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500""")
-# Consonants: ms, F1-F3 to glide to, voice dB, breath dB, friction dB (against a vowel; 0 is none of it),
-# centre and width of the friction's band in Hz.
-CONSONANTS = table("""W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 320 1080 1420 -6 0 0 0 0
-    L 80 330 1050 2850 -6 0 0 0 0;M 110 300 1150 2150 -5 0 0 0 0;N 105 300 1600 2600 -5 0 0 0 0
-    NG 95 300 2000 2700 -5 0 0 0 0;HH 75 0 0 0 0 -17 0 0 0;F 95 340 1100 2080 0 0 -27 5000 5000
-    V 70 270 1100 2080 -9 0 -32 5000 5000;TH 95 320 1350 2540 0 0 -29 6500 3500
-    DH 50 290 1350 2540 -9 0 -34 6000 4000;S 120 320 1500 2600 0 0 -11 6300 1400
-    Z 90 260 1500 2600 -14 0 -16 6300 1400;SH 120 320 1850 2650 0 0 -10 3300 1100
-    ZH 90 270 1850 2650 -13 0 -15 3200 1100;P 75 300 950 2150 0 -22 -20 1200 2500
-    B 70 220 950 2150 -20 0 -22 1000 2500;T 65 300 1750 2700 0 -22 -10 5000 2200
-    D 60 220 1750 2700 -20 0 -15 4500 2200;K 70 300 1990 2500 0 -21 -12 2000 700
-    G 65 220 1990 2500 -20 0 -16 2000 700;CH 55 320 1850 2700 0 -30 -9 3400 1200
-    JH 50 240 1850 2700 -20 0 -13 3300 1200""")
+# Consonants: ms, F1-F3 to glide to, their widths; voice dB, breath dB, friction dB (against a vowel; 0 is none of it), centre and
+# width of the friction's band; the dip that a nasal's closed mouth makes (Hz; 0: not a nasal). Of stops, it is the closure's ms and widths.
+CONSONANTS = table("""W 85 290 620 2150 70 100 160 -6 0 0 0 0 0;Y 75 260 2150 3020 70 100 160 -6 0 0 0 0 0
+    R 85 320 1080 1420 70 100 160 -6 0 0 0 0 0;L 80 330 1050 2850 70 100 160 -6 0 0 0 0 0
+    M 110 300 1150 2150 100 200 250 -5 0 0 0 0 1000;N 105 300 1600 2600 100 200 250 -5 0 0 0 0 1600
+    NG 95 300 2000 2700 100 200 250 -5 0 0 0 0 2800;HH 75 0 0 0 200 120 200 0 -17 0 0 0 0
+    F 95 340 1100 2080 200 150 250 0 0 -27 5000 5000 0;V 70 270 1100 2080 90 120 200 -9 0 -32 5000 5000 0
+    TH 95 320 1350 2540 200 150 250 0 0 -29 6500 3500 0;DH 50 290 1350 2540 90 120 200 -9 0 -34 6000 4000 0
+    S 120 320 1500 2600 200 150 250 0 0 -11 6300 1400 0;Z 90 260 1500 2600 90 120 200 -14 0 -16 6300 1400 0
+    SH 120 320 1850 2650 200 150 250 0 0 -10 3300 1100 0;ZH 90 270 1850 2650 90 120 200 -13 0 -15 3200 1100 0
+    P 75 300 950 2150 80 200 300 0 -22 -20 1200 2500 0;B 70 220 950 2150 80 200 300 -20 0 -22 1000 2500 0
+    T 65 300 1750 2700 80 200 300 0 -22 -10 5000 2200 0;D 60 220 1750 2700 80 200 300 -20 0 -15 4500 2200 0
+    K 70 300 1990 2500 80 200 300 0 -21 -12 2000 700 0;G 65 220 1990 2500 80 200 300 -20 0 -16 2000 700 0
+    CH 55 320 1850 2700 80 200 300 0 -30 -9 3400 1200 0;JH 50 240 1850 2700 80 200 300 -20 0 -13 3300 1200 0""")
 VOT = {"P": 45, "T": 50, "K": 60, "B": 4, "D": 8, "G": 15, "CH": 75, "JH": 50}   # ms from burst to voice
-VOWELS, CONSONANTS = ({phone: np.array(row, float) for phone, row in rows.items()} for rows in (VOWELS, CONSONANTS))
-VELARS = {"K", "G", "NG"}
-NASALS = {"M": 1000.0, "N": 1600.0, "NG": 2800.0}                  # Hz of the dip the closed mouth makes
+VOWELS, CONSONANTS = ({phone: np.array(values, float) for phone, values in rows.items()} for rows in (VOWELS, CONSONANTS))
+for values in CONSONANTS.values():
+    values[7:10] = np.where(values[7:10] < 0, 10 ** (values[7:10] / 20), 0.0)
 Z = np.exp(-2j * np.pi * np.outer(np.arange(3), np.arange(FFT // 2 + 1)) / FFT).astype(np.complex64)  # (3, K): z**-k
 BINS = np.arange(FFT // 2 + 1, dtype=np.float32) * SAMPLE_RATE / FFT                 # (K,) Hz
 WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)           # windows one hop apart add up to 1
 
 
-def voice(rng, condition):
-    """Draw a speaker: f0 (Hz), range (of pitch, as a share of f0), tract (formants as a multiple of a man's),
-    rate (of speech), breath (share of noise in the voice), tilt (Hz above which the voice falls off).
-    The same rng state gives the same person under clean and hard, only quicker and odder under hard."""
+def speaker_voice(pool, index, condition):
+    """Voice `index` of a pool in VOICES, each of which has random streams of its own: f0 (Hz), range (of pitch, as a share of f0),
+    tract (formants as a multiple of a man's), rate (of speech), breath (share of noise in the voice), tilt (Hz above which the voice
+    falls off). Under clean and hard it is the same person, only quicker and odder under hard."""
+    rng = np.random.default_rng([1000 + list(VOICES).index(pool), index])
     f0, tract = [(rng.uniform(85, 145), rng.uniform(0.93, 1.08)),
                  (rng.uniform(160, 250), rng.uniform(1.08, 1.22)),
                  (rng.uniform(230, 310), rng.uniform(1.2, 1.32))][rng.choice(3, p=(0.48, 0.46, 0.06))]
@@ -285,7 +285,7 @@ def voice(rng, condition):
 
 def row(ms, formants, widths=(55, 80, 130), av=0.0, ah=0.0, af=0.0, centre=3000.0, width=2000.0, dip=0.0):
     """A segment: ms, F1-F3, B1-B3, amplitudes of voice, breath and friction (0-1), the friction's band, the
-    frequency of a nasal's dip (0: not a nasal). # (12,)"""
+    frequency of a nasal's dip (0: not a nasal). # (13,)"""
     return [ms, *formants, *widths, av, ah, af, centre, width, dip]
 
 
@@ -299,20 +299,15 @@ def phone_rows(phones, i, stretch):
             ms *= 0.8                        # short before voiceless sounds: the main cue of bat against bad
         return [row(ms / 5, start + (end - start) * g, av=a) for g, a in
                 ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
-    (ms, *_, centre, width), f, levels = CONSONANTS[p], CONSONANTS[p][1:4], CONSONANTS[p][4:7]
-    av, ah, af = np.where(levels < 0, 10 ** (levels / 20), 0.0)
+    ms, f, widths, (av, ah, af, centre, width, dip) = np.split(CONSONANTS[p], (1, 4, 7))
     near = VOWELS[after][1:4] if after else VOWELS[before][4:7] if before in VOWELS else VOWELS["AX"][1:4]
-    if p in VELARS:                          # the tongue meets the palate where the vowel wants it
+    if p in ("K", "G", "NG"):                # the tongue meets the palate where the vowel wants it
         f2 = 0.7 * near[1] + 500
         f, centre = np.array([f[0], f2, max(f2 + 350, 2200)]), f2 + 100
-    if p == "HH":
-        return [row(ms, near, (200, 120, 200), ah=ah)]
-    if p in NASALS:
-        return [row(ms, f, (100, 200, 250), av, dip=NASALS[p])]
     if p not in VOT:
-        soft = (70, 100, 160) if av > 0 and af == 0 else (90, 120, 200) if av > 0 else (200, 150, 250)
-        return [row(ms * (0.85 if i == 0 else 1), f, soft, av, ah, af, centre, width)]
-    closed = row(ms, f, (80, 200, 300), av)
+        short = 0.85 if i == 0 and p != "HH" and not dip else 1
+        return [row(ms[0] * short, near if p == "HH" else f, widths, av, ah, af, centre, width, dip)]
+    closed = row(ms[0], f, widths, av)
     if p in ("CH", "JH"):
         return [closed, row(VOT[p], f, (150, 150, 250), av * 2, 0, af, centre, width)]
     last = i == len(phones) - 1
@@ -334,11 +329,9 @@ def silence(rows, seconds):
 
 
 def timeline(text, v, rng, pauses):
-    """All segments of a sentence (S, 12) and the middles and sizes of its pitch accents [(s, share), ...]."""
+    """All segments of a sentence (S, 13) and the middles and sizes of its pitch accents [(s, share), ...]."""
     words, rows, accents = text.split(), [], []
     for w, word in enumerate(words):
-        if word not in LEXICON:
-            raise ValueError(f"{word!r} is not in the lexicon")
         phones = LEXICON[word]
         if pauses[w] > 0:
             rows += silence(rows, pauses[w])
@@ -382,13 +375,13 @@ def pulses(f0, n, rng):
 def synthesise(text, voice, rng, pauses=None):
     """Speak `text` (lexicon words) in `voice`: float32 (n,) at SAMPLE_RATE, peak 1, without noise.
     pauses: s of silence before each word and after the last (words + 1 of them); None draws natural ones.
-    Raises ValueError for a word that is not in the lexicon."""
+    Raises KeyError for a word that is not in the lexicon."""
     if pauses is None:
         pauses = natural_pauses(len(text.split()), rng)
     seg, accents = timeline(text, voice, rng, pauses)
     ends = np.cumsum(seg[:, 0]) / 5                                 # in frames
     count = int(ends[-1]) + 1
-    track = seg[np.searchsorted(ends, np.arange(count)).clip(max=len(seg) - 1)]       # (T, 12)
+    track = seg[np.searchsorted(ends, np.arange(count)).clip(max=len(seg) - 1)]       # (T, 13)
     shape = smooth(track[:, 1:7], 13)                               # 65 ms: how fast the mouth moves
     av, ah, af = smooth(track[:, 7:10], 3).T                        # (T,) each
     bands = smooth(track[:, 10:12] * track[:, 9:10], 3)             # the band travels with its friction
@@ -448,7 +441,7 @@ def synthesise(text, voice, rng, pauses=None):
 def natural_pauses(words, rng):
     """s of silence before each word and after the last, mostly 0 between words. (words + 1,)"""
     pauses = np.where(rng.random(words + 1) < 0.3, rng.uniform(0.03, 0.15, words + 1), 0.0)
-    pauses[[0, -1]] = rng.uniform(*EDGE, 2)
+    pauses[[0, -1]] = rng.uniform(0.05, 0.25, 2)
     return pauses
 
 
@@ -480,9 +473,8 @@ def uneven_noise(n, rng):
 
 
 def reverberate(audio, rng):
-    """Echo: convolve with a dying noise whose RT60 is drawn from OOD_RT60. float32 (n,) -> (n,)"""
-    rt60 = rng.uniform(*OOD_RT60)
-    n = int(rt60 * SAMPLE_RATE)
+    """Echo: convolve with a noise that falls by 60 dB in 0.2 to 0.5 s. float32 (n,) -> (n,)"""
+    n = int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
     tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n) * rng.uniform(0.02, 0.05)
     tail[0] = 1.0                            # the direct sound
     size = 1 << (len(audio) + n - 1).bit_length()
@@ -543,11 +535,6 @@ def degrade(audio, condition, rng, babble=None):
 
 
 # -------------------------------------------------------------------------------------------------- corpus
-def speaker_voice(pool, index, condition):
-    """Voice `index` of a pool in VOICES: each pool has random streams of its own, so no voice is shared."""
-    return voice(np.random.default_rng([1000 + list(VOICES).index(pool), index]), condition)
-
-
 def posed(text, task, which):
     """A sentence of the corpus as an item of a task; `which`, any number, picks the question of SQA."""
     pairs = questions(text)
@@ -714,11 +701,6 @@ def not_too_long(seconds, path):
         die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
 
-def share(key):
-    """A stable number in [0, 1) for a string, to deal items out to splits."""
-    return zlib.crc32(key.encode()) / 2 ** 32
-
-
 def lines_of(path):
     """(FILE:LINE, text) of each line of a UTF-8 file that is not empty."""
     with open(path, "rb") as lines:
@@ -744,11 +726,11 @@ def manifest_lines(path):
         yield where, item
 
 
-def librispeech_lines(root, files):
+def librispeech_lines(root):
     """(FILE:LINE, item) of each line `ID TRANSCRIPT` in the *.trans.txt files of a LibriSpeech tree; the audio is ID.flac beside it.
     A folder called train-*, dev-* or test-* (the root itself may be one) names the split."""
     seen = {}
-    for file in files:
+    for file in sorted(root.rglob("*.trans.txt")):
         folders = (root.resolve().name, *file.relative_to(root).parts)
         split = [("split", name) for name in folders if name.startswith(("train-", "dev-", "test-"))][:1]
         for where, line in lines_of(file):
@@ -796,17 +778,6 @@ def checked(item, where, folder, look):
     return {sys.intern(k): sys.intern(v) if k in ("lang", "speaker", "split") else v for k, v in item.items()}
 
 
-def without_long(items, path):
-    """The items that are not over LONGEST_SECONDS, by the durations given; says on stderr how many are, and ends the program if all are."""
-    kept = [item for item in items if item["duration"] <= LONGEST_SECONDS]
-    if len(kept) < len(items):
-        first = next(item["audio_filepath"] for item in items if item["duration"] > LONGEST_SECONDS)
-        said = (f"{path}: {len(items) - len(kept)} of {len(items)} utterances are left out, {first} the first: "
-                f"over {LONGEST_SECONDS} s long; cut them into shorter pieces")
-        print(said, file=sys.stderr) if kept else die(said)
-    return kept
-
-
 def read_data(path, deal=True):
     """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id, audio_filepath (absolute),
     duration (s), text, lang, speaker, and whatever else its manifest line held; those over LONGEST_SECONDS are left out.
@@ -817,22 +788,22 @@ def read_data(path, deal=True):
     Bad input ends the program with a line saying where."""
     root = Path(path)
     manifest = root / "manifest.jsonl" if (root / "manifest.jsonl").is_file() else root
-    if not root.exists():
-        die(f"{path}: no such file or folder; give a manifest (.jsonl), its folder or a LibriSpeech tree")
-    if manifest.is_file():
-        if manifest.suffix not in (".jsonl", ".json"):
-            die(f"{path}: not a .jsonl or .json manifest; give a manifest, its folder or a LibriSpeech tree")
+    if manifest.is_file() and manifest.suffix in (".jsonl", ".json"):
         lines = manifest_lines(manifest)
     else:
-        files = sorted(root.rglob("*.trans.txt"))
-        if not files:
-            die(f"{path}: no manifest.jsonl or *.trans.txt inside; give a manifest or LibriSpeech tree")
-        lines = librispeech_lines(root, files)
+        lines = librispeech_lines(root)
     folder = os.path.dirname(os.path.abspath(manifest))
     items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # looking up a million takes minutes
     if not items:
-        die(f"{path}: no utterances in it; it needs one line for each")
-    items = without_long(items, path)
+        die(f"{path}: {'no utterances in it' if root.exists() else 'no such file or folder'}; "
+            "give a manifest (.jsonl or .json), its folder or a LibriSpeech tree (with *.trans.txt), one line for each utterance")
+    long = [item["audio_filepath"] for item in items if item["duration"] > LONGEST_SECONDS]
+    if long:
+        said = (f"{path}: {len(long)} of {len(items)} utterances are left out, {long[0]} the first: "
+                f"over {LONGEST_SECONDS} s long; cut them into shorter pieces")
+        print(said, file=sys.stderr) if len(long) < len(items) else die(said)
+        items = [item for item in items if item["duration"] <= LONGEST_SECONDS]
+    share = lambda key: zlib.crc32(key.encode()) / 2 ** 32          # in [0, 1), the same for ever
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
