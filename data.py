@@ -28,8 +28,8 @@ HOP = 80                                     # samples per synthesis frame: 5 ms
 FFT = 6 * HOP                                # a frame of 2 hops plus 20 ms for the resonances to ring out
 MAX_SECONDS = 8.0                            # longer utterances are drawn again
 LONGEST_SECONDS = 60                         # of recorded speech: attention's memory grows with the square, half a GB here
-SPLITS = {"train": 80, "dev": 10, "test": 10}                      # % of all sentences; no sentence is in two
-VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no voice is in two of these pools
+SPLITS = ("train", "dev", "test")            # 80, 10 and 10% of all sentences; none is in two
+VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # speakers; no voice is in two of these pools
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
 SNR = {"clean": (20.0, 40.0), "hard": (-6.0, 8.0), "ood": (6.0, 20.0)}  # dB, where somebody speaks; the knob for how hard `hard` is
 STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8, 2.5), 1.0)}  # s without speech; chance at each of 3 places
@@ -172,10 +172,8 @@ def instruct(task, lang="de", question=None):
 
 
 def pose(item, task, lang="de"):
-    """What a task asks of an item: adds `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
-
-    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without.
-    """
+    """Adds to an item what a task asks of it: `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
+    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without."""
     target = item.get({"asr": "text", "ast": "translation", "sqa": "answer"}[task])
     item["prompt"] = instruct(task, lang, item.get("question"))
     item["target"] = target.get(lang) if isinstance(target, dict) else target
@@ -193,10 +191,8 @@ FACTS = [("", "NAME", "who is named", "the one who is named is _;_ is named;it i
 
 
 def questions(text):
-    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least.
-
-    Answers are free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which.
-    """
+    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least. Answers are
+    free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which."""
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
     count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
@@ -216,10 +212,7 @@ def questions(text):
 def split_of(text):
     """The split a sentence belongs to, by a hash that no seed changes: the splits can share no sentence."""
     bucket = zlib.crc32(text.encode()) % 100
-    for split, percent in SPLITS.items():
-        if bucket < percent:
-            return split
-        bucket -= percent
+    return "train" if bucket < 80 else "dev" if bucket < 90 else "test"
 
 
 def sentence_in(split, rng, hard, task="asr"):
@@ -407,8 +400,7 @@ def synthesise(text, voice, rng, pauses=None):
         return 1 - column(2 * r * np.cos(2 * np.pi * hz / SAMPLE_RATE)) * Z[1] + column(r * r) * Z[2]
 
     upper = np.arange(3500, 7600 / tract, 1000) * tract             # resonances nobody steers, from F4 on
-    fixed = np.prod(response(upper, 0.06 * upper), axis=0)          # (K,)
-    mouth = np.repeat(1 / fixed[None], len(on), 0)                  # (T', K)
+    mouth = 1 / np.prod(response(upper, 0.06 * upper), axis=0, keepdims=True).repeat(len(on), 0)      # (T', K)
     hum = np.flatnonzero(nasal > 0)                                 # a dip that a wide resonance cancels elsewhere
     dip = np.where(track[on, 12] > 0, track[on, 12], 1000.0)[hum] * tract
     mouth[hum] *= response(dip, 90 + 2500 * (1 - nasal[hum])) / response(dip, np.full(len(hum), 2590.0))
@@ -486,16 +478,13 @@ def reverberate(audio, rng):
 def babble_tracks(seed=0):
     """Tracks of one talker each, 8 s, to mix babble from: float32 (24, n). Training sentences in voices that
     speak nowhere else. Built once for a seed (a number, or a tuple of them), in about half a second."""
-    rng, n = np.random.default_rng([*np.atleast_1d(seed), 7]), 8 * SAMPLE_RATE
-    tracks = np.zeros((24, n), np.float32)
-    for track in tracks:
-        talker, at = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), 0
-        while at < n:
-            audio = synthesise(sentence_in("train", rng, True), talker, rng)[:n - at]
-            track[at:at + len(audio)] = audio
-            at += len(audio)
-        track /= track.std()
-    return tracks
+    rng, n, tracks = np.random.default_rng([*np.atleast_1d(seed), 7]), 8 * SAMPLE_RATE, []
+    for _ in range(24):
+        talker, track = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), np.zeros(0, np.float32)
+        while len(track) < n:
+            track = np.append(track, synthesise(sentence_in("train", rng, True), talker, rng))
+        tracks.append(track[:n] / track[:n].std())
+    return np.stack(tracks)
 
 
 def mix(speech, noise, snr):
@@ -548,7 +537,7 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None, speak
     condition: one of CONDITIONS; None is hard with probability HARD_SHARE, else clean. ood speaks the
     test split's sentences in voices of its own, so only split test may ask for it (AssertionError).
     said: an item without audio that is to be spoken, instead of a sentence drawn; speaker: number of a voice, likewise."""
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index, CONDITIONS.index(condition)])
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, CONDITIONS.index(condition)])
     if condition is None:
         condition = "hard" if rng.random() < HARD_SHARE else "clean"
     assert condition != "ood" or split == "test", "ood is never trained on: it belongs to split test"
@@ -582,10 +571,8 @@ SORTED = 32  # of recorded speech, whose lengths are known before it is read: 89
 
 class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes, `tests` those of a run's table; train has no end.
-
     domain: the condition of RL's and the control's audio, "hard" or one of OOD_PARTS, which then is a test set, and dev's.
-    dialogues: items without audio that a teacher invented (RBA); with them train and dev are those and no other sentences.
-    """
+    dialogues: items without audio that a teacher invented (RBA); with them train and dev are those and no other sentences."""
 
     def __init__(self, seed, test=300, task="asr", domain="hard"):
         self.seed, self.task, self.domain, self.dialogues = seed, task, domain, []
@@ -606,18 +593,13 @@ class Embedded:
 
     def dialogue(self, stream, number):
         """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
-        twentieth, RL what lies between, in TAKES voices each. No dialogue is in two, and of the sentences (sft.teach has
-        them in order) two at the most."""
-        n = len(self.dialogues)
-        if not n:
+        twentieth, RL the rest, in TAKES voices each: no dialogue is in two, and two sentences at the most (sft.teach has them in order)."""
+        if not self.dialogues:
             return None
-        if stream == "grpo":
-            number, first, end = number // TAKES, n * 4 // 5, n * 19 // 20
-        elif stream == "dev":
-            first, end = n * 19 // 20, n
-        else:
-            number, first, end = STREAMS[stream] * 7919 + number, 0, n * 4 // 5
-        return self.dialogues[first + number % (end - first)]
+        n = len(self.dialogues)
+        first, end = {"grpo": (n * 4 // 5, n * 19 // 20), "dev": (n * 19 // 20, n)}.get(stream, (0, n * 4 // 5))
+        place = number // TAKES if stream == "grpo" else number if stream == "dev" else STREAMS[stream] * 7919 + number
+        return self.dialogues[first + place % (end - first)]
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
@@ -660,9 +642,8 @@ class Embedded:
 
 # ------------------------------------------------------------------------------------------ recorded audio
 def die(message):
-    """Print `error: message` and leave with status 2: what every script here does about bad input.
-
-    Under torchrun each process says so itself: the first to leave ends the others, perhaps before they could speak for it."""
+    """Print `error: message` and leave with status 2: what every script here does about bad input. Under torchrun each process says so
+    itself: the first to leave ends the others, perhaps before they could speak for it."""
     rank = os.environ.get("RANK", "0")
     print(f"{f'[rank {rank}] ' * (rank != '0')}error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -695,35 +676,21 @@ def load_audio(path):
 
 
 def not_too_long(seconds, path):
-    """Ends the program at audio over LONGEST_SECONDS, whose batch might take more memory than there is (read_data leaves out what says
-    how long it is)."""
+    """Ends the program at audio that is over LONGEST_SECONDS but did not say so (read_data would have left it out)."""
     if seconds > LONGEST_SECONDS:
         die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
 
-def lines_of(path):
-    """(FILE:LINE, text) of each line of a UTF-8 file that is not empty."""
+def lines_of(path, parse, form):
+    """(FILE:LINE, parse(line)) of each line of a UTF-8 file that is not empty. form: what a line is to be, for whom it is not."""
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig").strip()
-            except UnicodeDecodeError as e:
-                die(f"{where}: not UTF-8 ({e}); save the file as UTF-8")
-            if line:
-                yield where, line
-
-
-def manifest_lines(path):
-    """(FILE:LINE, item as written) of each line of a .jsonl file in NeMo's form."""
-    for where, line in lines_of(path):
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
-        if not isinstance(item, dict):
-            die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
-        yield where, item
+            if raw.strip():
+                try:
+                    yield where, parse(raw.decode("utf-8-sig").strip())
+                except (ValueError, RecursionError) as e:
+                    die(f"{where}: cannot be read ({e}); write {form} a line, in UTF-8")
 
 
 def librispeech_lines(root):
@@ -732,30 +699,31 @@ def librispeech_lines(root):
     seen = {}
     for file in sorted(root.rglob("*.trans.txt")):
         folders = (root.resolve().name, *file.relative_to(root).parts)
-        split = [("split", name) for name in folders if name.startswith(("train-", "dev-", "test-"))][:1]
-        for where, line in lines_of(file):
-            key, _, text = line.partition(" ")
+        split = next((name for name in folders if name.startswith(("train-", "dev-", "test-"))), None)
+        for where, (key, _, text) in lines_of(file, lambda line: line.partition(" "), "ID TRANSCRIPT"):
             if key in seen:
                 die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
             seen[key] = where
-            yield where, {"id": key, "audio_filepath": str(file.resolve().parent / f"{key}.flac"), "text": text,
-                          "speaker": key.split("-")[0], **dict(split)}
+            audio = str(file.resolve().parent / f"{key}.flac")
+            item = {"id": key, "audio_filepath": audio, "text": text, "speaker": key.split("-")[0]}
+            yield where, {**item, "split": split} if split else item
 
 
 def checked(item, where, folder, look):
     """An item as `read_data` gives it; anything wrong with it ends the program with a line that begins with `where` (FILE:LINE).
     folder: what audio_filepath is relative to. look: whether the audio file is looked up."""
+    if not isinstance(item, dict):
+        die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
     for key in ("audio_filepath", "text", "id", "lang", "split", "speaker", "translation", "question", "answer"):
-        if key not in item:
-            if key in ("audio_filepath", "text"):
-                die(f"{where}: no {key!r}; every line needs audio_filepath and text")
+        if key not in item and key not in ("audio_filepath", "text"):
             continue
-        by_lang = key == "translation" and isinstance(item[key], dict)             # {"de": "...", "fr": "..."}
-        for value in item[key].values() if by_lang else [item[key]]:
-            if not isinstance(value, str):
-                die(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a string; put it in quotes")
-        if key in ("audio_filepath", "id", "lang", "split") and not item[key].strip():
-            die(f"{where}: {key!r} is empty; fill it in or drop the line")
+        value = item.get(key, "")
+        by_lang = key == "translation" and isinstance(value, dict)                 # {"de": "...", "fr": "..."}
+        for string in value.values() if by_lang else [value]:
+            if not isinstance(string, str):
+                die(f"{where}: {key!r} is {json.dumps(string)[:40]}, not a string; put it in quotes")
+        if key in ("audio_filepath", "text", "id", "lang", "split") and not value.strip():
+            die(f"{where}: {key!r} is empty or missing; fill it in or drop the line")
     if not any(map(str.isalnum, item["text"])):
         die(f"{where}: 'text' has no letter and no digit; fill it in or drop the line")
     if os.sep in item.get("split", "") or item.get("split") in (".", ".."):
@@ -769,7 +737,7 @@ def checked(item, where, folder, look):
         seconds = item["duration"] if "duration" in item else sf.info(path).duration
     except (sf.LibsndfileError, OSError, RuntimeError):
         die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
+    if type(seconds) not in (int, float) or not 0 < seconds < 1e9:
         die(f"{where}: duration {json.dumps(seconds)} is not a positive number of seconds; "
             "correct it, or leave it out to have it read from the file")
     item = {"id": os.path.splitext(os.path.basename(path))[0], "lang": "en", "speaker": "", **item,
@@ -789,7 +757,7 @@ def read_data(path, deal=True):
     root = Path(path)
     manifest = root / "manifest.jsonl" if (root / "manifest.jsonl").is_file() else root
     if manifest.is_file() and manifest.suffix in (".jsonl", ".json"):
-        lines = manifest_lines(manifest)
+        lines = lines_of(manifest, json.loads, 'one {"audio_filepath": ..., "text": ...}')
     else:
         lines = librispeech_lines(root)
     folder = os.path.dirname(os.path.abspath(manifest))
