@@ -36,8 +36,6 @@ STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8,
 VIEWS = {False: ((0.88, 1.12), (3.0, 25.0)), True: ((0.8, 1.25), (-5.0, 10.0))}  # of recorded speech, by `hard`: times the speed; dB
 OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
 CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
-# Shares of commands, digit, letter, name and random strings, by `hard`.
-KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
 
 # ---------------------------------------------------------------------------------------------------- text
 def table(text):
@@ -109,8 +107,8 @@ SLOTS = {k: v.split() for k, v in {
 
 def sentence(rng, hard):
     """A sentence of lower-case lexicon words without punctuation. `hard`: mostly strings nobody can guess."""
-    kind = rng.choice(5, p=KINDS[hard])
-    if kind == 0:
+    kind = rng.choice(5, p=(0.20, 0.25, 0.15, 0.15, 0.25) if hard else (0.56, 0.14, 0.08, 0.12, 0.10))
+    if kind == 0:                            # a command; else digits, letters, names, or words at random
         words = COMMANDS[rng.integers(len(COMMANDS))][0].split()
         return " ".join(str(rng.choice(SLOTS[w])) if w in SLOTS else w for w in words)
     group, least, most = [(GROUPS["digits"], 3, 5), (GROUPS["letters"], 2, 4), (GROUPS["names"], 2, 4),
@@ -276,73 +274,77 @@ def speaker_voice(pool, index, condition):
     return v
 
 
-def row(ms, formants, widths=(55, 80, 130), av=0.0, ah=0.0, af=0.0, centre=3000.0, width=2000.0, dip=0.0):
-    """A segment: ms, F1-F3, B1-B3, amplitudes of voice, breath and friction (0-1), the friction's band, the
-    frequency of a nasal's dip (0: not a nasal). # (13,)"""
-    return [ms, *formants, *widths, av, ah, af, centre, width, dip]
+def segment(ms, formants, voiced=0.0):
+    """A row as in CONSONANTS, open as a vowel: ms, F1-F3 (Hz), their widths, amplitudes of voice, breath and friction (0-1), centre
+    and width of the friction's band, the frequency of a nasal's dip (0: not a nasal). (13,)"""
+    return np.array([ms, *formants, 55, 80, 130, voiced, 0, 0, 3000, 2000, 0])
 
 
-def phone_rows(phones, i, stretch):
+def changed(seg, ms, parts, widths=None):
+    """A copy of a segment (13,) that lasts `ms`, with its three amplitudes times `parts` and, if given, other widths."""
+    new = seg.copy()
+    new[0], new[4:7], new[7:10] = ms, seg[4:7] if widths is None else widths, seg[7:10] * parts
+    return new
+
+
+def phone_segments(phones, i, stretch):
     """The segments of phone i of a word: vowels glide, stops are a closure, a burst and a breath."""
-    p, before = phones[i], phones[i - 1] if i else ""
+    p, before, last = phones[i], phones[i - 1] if i else "", i == len(phones) - 1
     after = next((q for q in phones[i + 1:] if q in VOWELS), None)
     if p in VOWELS:
         ms, start, end = VOWELS[p][0] * stretch, VOWELS[p][1:4], VOWELS[p][4:7]
-        if phones[i + 1:i + 2] and phones[i + 1] in {"P", "T", "K", "CH", "F", "S", "TH"}:
+        if not last and phones[i + 1] in {"P", "T", "K", "CH", "F", "S", "TH"}:
             ms *= 0.8                        # short before voiceless sounds: the main cue of bat against bad
-        return [row(ms / 5, start + (end - start) * g, av=a) for g, a in
-                ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
-    ms, f, widths, (av, ah, af, centre, width, dip) = np.split(CONSONANTS[p], (1, 4, 7))
+        return [segment(ms / 5, start + (end - start) * g, a) for g, a in ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
+    seg = CONSONANTS[p].copy()
     near = VOWELS[after][1:4] if after else VOWELS[before][4:7] if before in VOWELS else VOWELS["AX"][1:4]
     if p in ("K", "G", "NG"):                # the tongue meets the palate where the vowel wants it
         f2 = 0.7 * near[1] + 500
-        f, centre = np.array([f[0], f2, max(f2 + 350, 2200)]), f2 + 100
+        seg[2], seg[3], seg[10] = f2, max(f2 + 350, 2200), f2 + 100
     if p not in VOT:
-        short = 0.85 if i == 0 and p != "HH" and not dip else 1
-        return [row(ms[0] * short, near if p == "HH" else f, widths, av, ah, af, centre, width, dip)]
-    closed = row(ms[0], f, widths, av)
+        if p == "HH":                        # breath in the shape of the next vowel
+            seg[1:4] = near
+        elif i == 0 and not seg[12]:
+            seg[0] *= 0.85
+        return [seg]
+    closed = changed(seg, seg[0], (1, 0, 0))
     if p in ("CH", "JH"):
-        return [closed, row(VOT[p], f, (150, 150, 250), av * 2, 0, af, centre, width)]
-    last = i == len(phones) - 1
+        return [closed, changed(seg, VOT[p], (2, 0, 1), (150, 150, 250))]
+    burst = changed(seg, 12, (1, 1, 0.6 if last else 1), (200, 150, 250))
     breath = VOT[p] * (0.35 if before == "S" or (after is None and not last) else 0.7 if last else 1.0)
-    burst = row(12, f, (200, 150, 250), av, ah, af * (0.6 if last else 1.0), centre, width)
-    puff = row(breath, (f + near) / 2, (200, 150, 250), av, ah or 0.05, af * 0.1, centre, width)
+    puff = changed(seg, breath, (1, 1, 0.1), (200, 150, 250))
+    puff[1:4], puff[8] = (seg[1:4] + near) / 2, seg[8] or 0.05
     return [closed, burst, puff]
 
 
-def faded(r, ms, part):
-    """A copy of segment r that lasts `ms`, its three amplitudes times `part`."""
-    return [ms, *r[1:7], *(part * a for a in r[7:10]), *r[10:]]
-
-
-def silence(rows, seconds):
+def silence(segments, seconds):
     """A pause: what was voiced before dies away first, since a voice cut off short sounds like a t or a p."""
-    fade = [faded(rows[-1], 55.0, 0.5), faded(rows[-1], 55.0, 0.15)] if rows and rows[-1][7] > 0.3 else []
-    return fade + [row(1000 * seconds, rows[-1][1:4] if rows else (500, 1500, 2500))]
+    fade = [changed(segments[-1], 55, 0.5), changed(segments[-1], 55, 0.15)] if segments and segments[-1][7] > 0.3 else []
+    return fade + [segment(1000 * seconds, segments[-1][1:4] if segments else (500, 1500, 2500))]
 
 
 def timeline(text, v, rng, pauses):
     """All segments of a sentence (S, 13) and the middles and sizes of its pitch accents [(s, share), ...]."""
-    words, rows, accents = text.split(), [], []
+    words, segments, accents = text.split(), [], []
     for w, word in enumerate(words):
         phones = LEXICON[word]
         if pauses[w] > 0:
-            rows += silence(rows, pauses[w])
+            segments += silence(segments, pauses[w])
         first = next(i for i, p in enumerate(phones) if p in VOWELS)
         for i, p in enumerate(phones):
             stretch = rng.uniform(0.9, 1.1) * (0.75 if word in WEAK else 1.0 if i == first else 0.85)
             final = i >= len(phones) - 2 and p in VOWELS
             stretch *= (1.35 if w == len(words) - 1 else 1.1) if final and word not in WEAK else 1.0
-            new = phone_rows(phones, i, stretch)
+            new = phone_segments(phones, i, stretch)
             if pauses[w] > 0 and i == 0 and (new[0][7] > 0.3 or new[0][9] > 0):
-                new = [faded(new[0], 18.0, 0.15), faded(new[0], 18.0, 0.5)] + new
-            for r in new:
-                r[0] /= v["rate"]
+                new = [changed(new[0], 18, 0.15), changed(new[0], 18, 0.5)] + new
+            for seg in new:
+                seg[0] /= v["rate"]
             if i == first and word not in WEAK:
-                accents.append((sum(r[0] for r in rows) / 1000 + 0.05, rng.uniform(0.2, 1.0)))
-            rows += new
-    rows += silence(rows, pauses[-1])
-    return np.array(rows), accents
+                accents.append((sum(seg[0] for seg in segments) / 1000 + 0.05, rng.uniform(0.2, 1.0)))
+            segments += new
+    segments += silence(segments, pauses[-1])
+    return np.array(segments), accents
 
 
 def smooth(x, taps):
@@ -438,11 +440,11 @@ def natural_pauses(words, rng):
 
 
 # ---------------------------------------------------------------------------------------------- conditions
-def coloured_noise(n, rng, colour=None):
-    """Noise of unit power, float32 (n,): white, pink, brown or a band of it; a random colour if None."""
+def coloured_noise(n, rng, colours=("white", "pink", "brown", "band")):
+    """Noise of unit power, float32 (n,), of one of the colours ("band": little else than a band of it)."""
     size = -(-n // 4096) * 4096              # quick to transform, and less to throw away than of a power of two
     hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
-    colour = colour or str(rng.choice(["white", "pink", "brown", "band"]))
+    colour = str(rng.choice(colours))
     if colour == "band":
         centre = np.exp(rng.uniform(math.log(300), math.log(4000)))
         gain = np.exp(-0.5 * (np.log(np.maximum(hz, 20) / centre) / rng.uniform(0.3, 0.8)) ** 2) + 0.03
@@ -502,7 +504,7 @@ def degrade(audio, condition, rng, babble=None):
     babble: tracks of single talkers (m, n')."""
     n = len(audio)
     if condition == "clean":
-        noise = coloured_noise(n, rng, str(rng.choice(["white", "pink", "brown"])))
+        noise = coloured_noise(n, rng, ("white", "pink", "brown"))
     elif condition == "hard":
         noise = uneven_noise(n, rng)
     else:
@@ -608,12 +610,10 @@ class Embedded:
     @functools.lru_cache(maxsize=1)
     def group(self, stream, group, size):
         """GROUP batches, made together and sorted by length; but the voices of a dialogue of RL's stay together."""
-        first = STREAMS[stream] * 10**7 + group * GROUP * size
-        condition = self.domain if stream == "grpo" else None
-        if stream == "encoder" and group * GROUP * size < CLEAN_START:
-            condition = "clean"
-        items = [utterance("train", first + i, self.seed, condition, self.task, self.dialogue(stream, group * GROUP * size + i))
-                 for i in range(GROUP * size)]
+        first = group * GROUP * size
+        condition = "clean" if stream == "encoder" and first < CLEAN_START else self.domain if stream == "grpo" else None
+        items = [utterance("train", STREAMS[stream] * 10**7 + i, self.seed, condition, self.task, self.dialogue(stream, i))
+                 for i in range(first, first + GROUP * size)]
         if not (self.dialogues and stream == "grpo"):
             items.sort(key=lambda item: len(item["audio"]))
         order = np.random.default_rng([self.seed, group]).permutation(GROUP)
@@ -761,7 +761,7 @@ def read_data(path, deal=True):
     else:
         lines = librispeech_lines(root)
     folder = os.path.dirname(os.path.abspath(manifest))
-    items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # looking up a million takes minutes
+    items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # past 100,000, no file is looked up
     if not items:
         die(f"{path}: {'no utterances in it' if root.exists() else 'no such file or folder'}; "
             "give a manifest (.jsonl or .json), its folder or a LibriSpeech tree (with *.trans.txt), one line for each utterance")
@@ -822,12 +822,10 @@ class Recorded:
     def shuffle(self, stream, epoch, size):
         """An epoch's batches of indices into train: shuffled, then sorted by length within SORTED batches."""
         rng = np.random.default_rng([self.seed, STREAMS[stream], epoch])
-        order = rng.permutation(len(self.seconds))
-        batches = []
-        for start in range(0, len(order), SORTED * size):
-            group = order[start:start + SORTED * size]
+        order, batches = rng.permutation(len(self.seconds)), []
+        for group in np.split(order, range(SORTED * size, len(order), SORTED * size)):
             group = group[np.argsort(self.seconds[group], kind="stable")]
-            batches += [group[j:j + size] for j in range(0, len(group), size)]
+            batches += np.split(group, range(size, len(group), size))
         return [batches[j] for j in rng.permutation(len(batches))]
 
     def train_batch(self, stream, k, size):
@@ -835,10 +833,9 @@ class Recorded:
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
         items = [self.item("train", i) for i in self.shuffle(stream, epoch, size)[j]]
-        if not self.views:
-            return items
-        hard = stream == "grpo"
-        return [{**item, "audio": noisy_view(load_audio(item["audio_filepath"]), rng, hard)} for item in items]
+        for item in items if self.views else ():
+            item["audio"] = noisy_view(load_audio(item["audio_filepath"]), rng, stream == "grpo")
+        return items
 
     def texts(self, stream, k, size):
         """Batch k of training items for the stages text and read."""

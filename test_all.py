@@ -1410,7 +1410,7 @@ def test_formats_and_channels(tmp_path, suffix):
     assert y.dtype == np.float32 and abs(len(y) - 16000) < 1200 and 0.3 < np.abs(y[2000:12000]).max() < 0.6
 
 
-def test_librispeech_tree(tmp_path):
+def test_librispeech_tree(tmp_path, capsys):
     for split, speaker in (("train-clean-5", "1"), ("dev-clean", "2"), ("test-clean", "3")):
         folder = tmp_path / "LibriSpeech" / split / speaker / "9"
         os.makedirs(folder)
@@ -1419,6 +1419,13 @@ def test_librispeech_tree(tmp_path):
     splits = data.read_data(str(tmp_path / "LibriSpeech"))
     assert sorted(splits) == ["dev", "test-clean", "train"]
     assert splits["train"][0]["text"] == "HELLO WORLD" and splits["train"][0]["speaker"] == "1"
+    for line, says in ((b"3-9-0001 ", "'text' is empty"), (b"3-9-0001 HI", "3-9-0001.flac does not exist"), (b"3-9-0000 HI", "already given"),
+                       (b"3-9-0001 \xff", "write ID TRANSCRIPT")):
+        (folder / "3-9.trans.txt").write_bytes(b"3-9-0000 HELLO WORLD\n\n" + line + b"\n")
+        with pytest.raises(SystemExit) as stop:
+            data.read_data(str(tmp_path / "LibriSpeech"))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and "3-9.trans.txt:3: " in err and says in err
 
 
 BAD_LINES = {
