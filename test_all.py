@@ -1419,8 +1419,8 @@ def test_librispeech_tree(tmp_path, capsys):
     splits = data.read_data(str(tmp_path / "LibriSpeech"))
     assert sorted(splits) == ["dev", "test-clean", "train"]
     assert splits["train"][0]["text"] == "HELLO WORLD" and splits["train"][0]["speaker"] == "1"
-    for line, says in ((b"3-9-0001 ", "'text' is empty"), (b"3-9-0001 HI", "3-9-0001.flac does not exist"), (b"3-9-0000 HI", "already given"),
-                       (b"3-9-0001 \xff", "write ID TRANSCRIPT")):
+    for line, says in ((b"3-9-0001 ", "'text' is empty"), (b"3-9-0001 HI", "3-9-0001.flac does not exist"),
+                       (b"3-9-0000 HI", "already given"), (b"3-9-0001 \xff", "write ID TRANSCRIPT")):
         (folder / "3-9.trans.txt").write_bytes(b"3-9-0000 HELLO WORLD\n\n" + line + b"\n")
         with pytest.raises(SystemExit) as stop:
             data.read_data(str(tmp_path / "LibriSpeech"))
