@@ -1,15 +1,13 @@
 """Data: an endless made-up spoken corpus, and a reader for recorded corpora.
 
-The made-up corpus is English text from a small grammar, spoken by a formant synthesiser in many voices, under
-three conditions: `clean`, `hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on:
-echo, babble, long stretches without speech, voices out of the training range). It needs no download and no
-disk: `utterance(split, index)` makes item `index` whenever asked, the same one every time. Each sentence has
-questions with answers, and each command and each string of digits or names a German translation.
+The made-up corpus is English from a small grammar, spoken by a formant synthesiser in many voices, under three conditions: `clean`,
+`hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on: echo, babble, long stretches without speech, voices out
+of the training range). It needs no download and no disk: `utterance(split, index)` makes an item whenever asked, the same every time.
+Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 
     python data.py --listen DIR           write some utterances of each condition as wav, print a table
     python data.py --check PATH           print what a recorded corpus (manifest or LibriSpeech tree) holds
 
-Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 Letters in shape comments: n samples, T frames of 5 ms, K frequency bins, S segments (pieces of phones).
 """
 import argparse
@@ -30,24 +28,21 @@ HOP = 80                                     # samples per synthesis frame: 5 ms
 FFT = 6 * HOP                                # a frame of 2 hops plus 20 ms for the resonances to ring out
 MAX_SECONDS = 8.0                            # longer utterances are drawn again
 LONGEST_SECONDS = 60                         # of recorded speech: attention's memory grows with the square, half a GB here
-SPLITS = {"train": 80, "dev": 10, "test": 10}                      # % of all sentences; no sentence is in two
-VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # no voice is in two of these pools
+SPLITS = ("train", "dev", "test")            # 80, 10 and 10% of all sentences; none is in two
+VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # speakers; no voice is in two of these pools
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
-CLEAN_SNR = (20.0, 40.0)                     # dB, against the samples where somebody speaks
-HARD_SNR = (-6.0, 8.0)                       # dB; the knob for how hard `hard` is
-OOD_SNR = (6.0, 20.0)                        # dB
-VIEW_SNR, HARD_VIEW_SNR = (3.0, 25.0), (-5.0, 10.0)                # dB; the views of recorded speech that train SFT and GRPO
-VIEW_SPEED, HARD_VIEW_SPEED = (0.88, 1.12), (0.8, 1.25)            # times the recorded speed
-HARD_STRETCH, HARD_STRETCH_P = (0.2, 0.8), 0.4     # s without speech; chance at each of 3 places
-OOD_STRETCH, OOD_STRETCH_P = (0.8, 2.5), 0.5
+SNR = {"clean": (20.0, 40.0), "hard": (-6.0, 8.0), "ood": (6.0, 20.0)}  # dB, where somebody speaks; the knob for how hard `hard` is
+STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8, 2.5), 1.0)}  # s without speech; chance at each of 3 places
+VIEWS = {False: ((0.88, 1.12), (3.0, 25.0)), True: ((0.8, 1.25), (-5.0, 10.0))}  # of recorded speech, by `hard`: times the speed; dB
 OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
 CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
-OOD_RT60 = (0.2, 0.5)                        # s for the echo to fall by 60 dB
-EDGE = (0.05, 0.25)                          # s of silence before the first and after the last word
-# Shares of commands, digit, letter, name and random strings, by `hard`.
-KINDS = {False: (0.56, 0.14, 0.08, 0.12, 0.10), True: (0.20, 0.25, 0.15, 0.15, 0.25)}
 
 # ---------------------------------------------------------------------------------------------------- text
+def table(text):
+    """Entries of a key and its values, divided by `;` or a line's end: {key: [value, ...]}."""
+    return {key: values for key, *values in map(str.split, text.replace("\n", ";").split(";"))}
+
+
 # word and phones (ARPAbet without stress, AX for the reduced vowel); the groups feed the grammar below.
 LEXICON_TEXT = {
     "digits": """zero Z IH R OW;one W AH N;two T UW;three TH R IY;four F AO R;five F AY V;six S IH K S
@@ -68,20 +63,40 @@ LEXICON_TEXT = {
         down D AW N;cancel K AE N S AX L;send S EH N D;message M EH S AX JH;read R IY D;news N UW Z;red R EH D
         green G R IY N;blue B L UW;black B L AE K;white W AY T;pin P IH N;pen P EH N;bat B AE T;cat K AE T
         sheep SH IY P;ship SH IH P;boy B OY;look L UH K"""}
-ENTRIES = {g: [e.split() for e in t.replace("\n", ";").split(";")] for g, t in LEXICON_TEXT.items()}
-GROUPS = {g: [e[0] for e in entries] for g, entries in ENTRIES.items()}
-LEXICON = {e[0]: e[1:] for entries in ENTRIES.values() for e in entries}
+LEXICON_TABLES = {group: table(text) for group, text in LEXICON_TEXT.items()}
+GROUPS = {group: list(words) for group, words in LEXICON_TABLES.items()}
+LEXICON = {word: phones for words in LEXICON_TABLES.values() for word, phones in words.items()}
 RANDOM_WORDS = [w for w in LEXICON if w not in {"for", "the"}]       # not what sounds like another (four) or is weak
 WEAK = set("the in for at and is".split())                         # spoken shorter, without a pitch accent
 # Each command has 15 forms and more: of one with two, the form that falls to test would be a tenth of all test sentences.
-COMMANDS = """turn SWITCH the DEVICE in the ROOM;turn SWITCH the DEVICE for NAME;set alarm for NUMBER
-    set timer for NUMBER UNIT;stop the timer in NUMBER UNIT;start timer for NUMBER UNIT;play THING for NAME
-    play the next song for NAME;play song NUMBER;turn the volume UPDOWN in NUMBER minutes;volume NUMBER;call NAME
-    call NAME DAY;text NAME and NAME;read the message for NAME;send NAME the message DAY;open the OPENING for NAME
-    close the OPENING in the ROOM;open the OPENING and close the OPENING;what is the weather in NUMBER hours
-    read the news for NAME;look at the COLOUR OBJECT;cancel the alarm at NUMBER DAY;is the OPENING in the ROOM open
-    COLOUR OBJECT and COLOUR OBJECT;set the lights in the ROOM COLOUR"""
-COMMANDS = [c.strip() for c in COMMANDS.replace("\n", ";").split(";")]
+# Beside it its German, in which :FORM asks for a row of FORMS. SWITCH and UPDOWN are verb prefixes there and go last.
+COMMANDS = """turn SWITCH the DEVICE in the ROOM | schalte DEVICE:a ROOM:d SWITCH
+    turn SWITCH the DEVICE for NAME | schalte DEVICE:a für NAME SWITCH
+    set alarm for NUMBER | stelle den wecker auf NUMBER uhr
+    set timer for NUMBER UNIT | stelle den timer auf NUMBER UNIT
+    stop the timer in NUMBER UNIT | halte den timer in NUMBER UNIT an
+    start timer for NUMBER UNIT | starte einen timer für NUMBER UNIT
+    play THING for NAME | spiele THING:a für NAME
+    play the next song for NAME | spiele das nächste lied für NAME
+    play song NUMBER | spiele lied NUMBER
+    turn the volume UPDOWN in NUMBER minutes | dreh die lautstärke in NUMBER minuten UPDOWN
+    volume NUMBER | lautstärke NUMBER
+    call NAME | ruf NAME an
+    call NAME DAY | ruf NAME DAY an
+    text NAME and NAME | schreibe NAME und NAME
+    read the message for NAME | lies die nachricht für NAME vor
+    send NAME the message DAY | sende NAME DAY die nachricht
+    open the OPENING for NAME | öffne OPENING:a für NAME
+    close the OPENING in the ROOM | schließe OPENING:a ROOM:d
+    open the OPENING and close the OPENING | öffne OPENING:a und schließe OPENING:a
+    what is the weather in NUMBER hours | wie ist das wetter in NUMBER stunden
+    read the news for NAME | lies NAME die nachrichten vor
+    look at the COLOUR OBJECT | sieh dir COLOUR+OBJECT:A an
+    cancel the alarm at NUMBER DAY | lösche den wecker DAY um NUMBER uhr
+    is the OPENING in the ROOM open | ist OPENING:n ROOM:d offen
+    COLOUR OBJECT and COLOUR OBJECT | COLOUR+OBJECT:N und COLOUR+OBJECT:N
+    set the lights in the ROOM COLOUR | stelle die lichter ROOM:d auf COLOUR"""
+COMMANDS = [tuple(side.strip() for side in line.split("|")) for line in COMMANDS.splitlines()]
 SLOTS = {k: v.split() for k, v in {
     "SWITCH": "on off", "DEVICE": "light lights lamp fan heater radio alarm", "UNIT": "minutes hours",
     "ROOM": "kitchen bedroom garage office", "THING": "music news song radio message", "UPDOWN": "up down",
@@ -92,82 +107,58 @@ SLOTS = {k: v.split() for k, v in {
 
 def sentence(rng, hard):
     """A sentence of lower-case lexicon words without punctuation. `hard`: mostly strings nobody can guess."""
-    kind = rng.choice(5, p=KINDS[hard])
-    if kind == 0:
-        words = COMMANDS[rng.integers(len(COMMANDS))].split()
+    kind = rng.choice(5, p=(0.20, 0.25, 0.15, 0.15, 0.25) if hard else (0.56, 0.14, 0.08, 0.12, 0.10))
+    if kind == 0:                            # a command; else digits, letters, names, or words at random
+        words = COMMANDS[rng.integers(len(COMMANDS))][0].split()
         return " ".join(str(rng.choice(SLOTS[w])) if w in SLOTS else w for w in words)
     group, least, most = [(GROUPS["digits"], 3, 5), (GROUPS["letters"], 2, 4), (GROUPS["names"], 2, 4),
                           (RANDOM_WORDS, 2, 5)][kind - 1]
     return " ".join(rng.choice(group, rng.integers(least, most + 1)))
 
 
-# The commands in German, in COMMANDS' order: a slot takes its English words in their order, `a` with the article in the accusative,
-# `d` in the dative after "in"; SWITCH and UPDOWN are verb prefixes and go last.
-GERMAN = """schalte DEVICE:a ROOM:d SWITCH;schalte DEVICE:a für NAME SWITCH;stelle den wecker auf NUMBER:bare uhr
-    stelle den timer auf NUMBER UNIT:a;halte den timer in NUMBER UNIT:d an;starte einen timer für NUMBER UNIT:a
-    spiele THING:a für NAME;spiele das nächste lied für NAME;spiele lied NUMBER;dreh die lautstärke in NUMBER minuten:d UPDOWN
-    lautstärke NUMBER;ruf NAME an;ruf NAME DAY an;schreibe NAME und NAME;lies die nachricht für NAME vor
-    sende NAME DAY die nachricht;öffne OPENING:a für NAME;schließe OPENING:a ROOM:d;öffne OPENING:a und schließe OPENING:a
-    wie ist das wetter in NUMBER stunden:d;lies NAME die nachrichten vor;sieh dir COLOUR:a OBJECT an
-    lösche den wecker DAY um NUMBER:bare uhr;ist OPENING:n ROOM:d offen;COLOUR:n OBJECT und COLOUR:n OBJECT
-    stelle die lichter ROOM:d auf COLOUR"""
-GERMAN = [g.strip() for g in GERMAN.replace("\n", ";").split(";")]
 GERMAN_WORDS = dict(pair.split(":") for pair in """on:ein off:aus up:hoch down:herunter today:heute tomorrow:morgen zero:null
     one:eins two:zwei three:drei four:vier five:fünf six:sechs seven:sieben eight:acht nine:neun ten:zehn thirteen:dreizehn
     thirty:dreißig fourteen:vierzehn forty:vierzig fifteen:fünfzehn fifty:fünfzig red:rot green:grün blue:blau black:schwarz
-    white:weiß minutes:minute hours:stunde""".split())
-GERMAN_NOUNS = {w: (g, n) for w, g, n in (e.split(":") for e in """light:n:licht lights:p:lichter lamp:f:lampe fan:m:ventilator
-    heater:f:heizung radio:n:radio alarm:m:wecker kitchen:f:küche bedroom:n:schlafzimmer garage:f:garage office:n:büro
-    door:f:tür window:n:fenster gate:n:tor pin:f:nadel pen:m:stift bat:m:schläger cat:f:katze sheep:n:schaf ship:n:schiff
-    music:f:musik news:p:nachrichten song:n:lied message:f:nachricht""".split())}
-ARTICLES = {"a": dict(m="den", f="die", n="das", p="die"), "n": dict(m="der", f="die", n="das", p="die"),
-            "d": dict(m="im", f="in der", n="im", p="in den")}
+    white:weiß minutes:minuten hours:stunden""".split())
+GERMAN_NOUNS = table("""light n licht;lights p lichter;lamp f lampe;fan m ventilator;heater f heizung;radio n radio;alarm m wecker
+    kitchen f küche;bedroom n schlafzimmer;garage f garage;office n büro;door f tür;window n fenster;gate n tor;pin f nadel
+    pen m stift;bat m schläger;cat f katze;sheep n schaf;ship n schiff;music f musik;news p nachrichten;song n lied
+    message f nachricht""")
+# What stands before a noun, by its gender or p, plural: the article in the nominative, in the accusative, in the dative after "in";
+# article and colour in the accusative; the colour alone in the nominative.
+FORMS = {"n": dict(m="der", f="die", n="das", p="die"), "a": dict(m="den", f="die", n="das", p="die"),
+         "d": dict(m="im", f="in der", n="im", p="in den"),
+         "A": dict(m="den {}en", f="die {}e", n="das {}e"), "N": dict(m="{}er", f="{}e", n="{}es")}
 
 
 def german(text):
     """The German translation of a command, a digit string or a string of names, as a synchronous grammar has it: with its own word
     order, articles, cases and endings. None for what has no fluent translation: letters and words at random."""
     words = text.split()
-    for english, other in zip(COMMANDS, GERMAN):
-        pattern = english.split()
-        if len(pattern) == len(words) and all(w in SLOTS[p] if p in SLOTS else w == p for p, w in zip(pattern, words)):
-            return german_command(other.split(), [(p, w) for p, w in zip(pattern, words) if p in SLOTS])
-    for group in ("digits", "names"):
-        if all(word in GROUPS[group] for word in words):
-            return " ".join(GERMAN_WORDS.get(word, word) for word in words)
+    for english, template in COMMANDS:
+        names = english.split()
+        if len(names) == len(words) and all(word in SLOTS.get(name, [name]) for name, word in zip(names, words)):
+            said = {}                                              # the words of each slot, in their order
+            for name, word in zip(names, words):
+                said.setdefault(name, []).append(word)
+            return german_command(template, said)
+    if any(set(words) <= set(GROUPS[group]) for group in ("digits", "names")):
+        return " ".join(GERMAN_WORDS.get(word, word) for word in words)
     return None
 
 
-def german_command(pattern, slots):
-    """Fills a German command: slots are (slot, English word), each used once, the first of its name first."""
-    def take(name):
-        word = next(w for p, w in slots if p == name)
-        slots.remove((name, word))
-        return word
-
-    out, number = [], None
-    for token in pattern:
-        name, _, case = token.partition(":")
-        if name in ("minuten", "stunden", "UNIT"):     # eine minute, einer minute, neun minuten
-            noun = GERMAN_WORDS[take("UNIT")] if name == "UNIT" else name[:-1]
-            if number == "one":
-                out[-1] = "eine" if case == "a" else "einer"
-            out.append(noun if number == "one" else noun + "n")
-        elif name not in SLOTS:
-            out.append(name)
-        elif name == "COLOUR" and case:                # den roten stift; roter stift
-            colour, (gender, noun) = GERMAN_WORDS[take(name)], GERMAN_NOUNS[take("OBJECT")]
-            ending = ("en" if gender == "m" else "e") if case == "a" else dict(m="er", f="e", n="es")[gender]
-            out += [ARTICLES["a"][gender]] * (case == "a") + [colour + ending, noun]
-        elif name != "OBJECT":
-            word = take(name)
-            number = word if name == "NUMBER" else number
-            if word in GERMAN_NOUNS and case:
-                gender, noun = GERMAN_NOUNS[word]
-                out += [*ARTICLES[case][gender].split(), noun]
-            else:
-                out.append("ein" if (word, case) == ("one", "bare") else GERMAN_WORDS.get(word, word))
-    return " ".join(out)
+def german_command(template, said):
+    """Fills the slots of a German command with what is said (slot: English words), each word used once."""
+    out = []
+    for token in template.split():
+        names, _, form = token.partition(":")
+        *colour, word = [said[name].pop(0) if name in SLOTS else name for name in names.split("+")]
+        if form:
+            gender, word = GERMAN_NOUNS[word]
+            out.append(FORMS[form][gender].format(*(GERMAN_WORDS[c] for c in colour)))
+        out.append(GERMAN_WORDS.get(word, word))
+    text = " ".join(out).replace("eins uhr", "ein uhr")
+    return re.sub(r"\b(in )?eins (minute|stunde)n", lambda one: ("in einer " if one[1] else "eine ") + one[2], text)
 
 
 TASKS = ("asr", "ast", "sqa")
@@ -179,53 +170,47 @@ def instruct(task, lang="de", question=None):
 
 
 def pose(item, task, lang="de"):
-    """What a task asks of an item: adds `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
-
-    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without.
-    """
+    """Adds to an item what a task asks of it: `prompt` (None: the paper's, for ASR) and `target`, the text that the model is to write.
+    ast wants `translation`, a string or an object by language; sqa wants `question` and `answer`. None for an item without."""
     target = item.get({"asr": "text", "ast": "translation", "sqa": "answer"}[task])
     item["prompt"] = instruct(task, lang, item.get("question"))
     item["target"] = target.get(lang) if isinstance(target, dict) else target
     return item if item["target"] and (item["prompt"] or task == "asr") else None
 
 
-# What a sentence can be asked about: where it is said, with a slot for a word; the question; three wordings of the answer.
-FACTS = [("NAME", "who is named", "the one who is named is {};{} is named;it is {} who is named"),
-         ("in the ROOM", "which room is meant", "the room is the {};the {} is meant;it is the {}"),
-         ("NUMBER", "which number is said", "the number is {};{} is said;it is the number {}"),
-         ("DAY", "which day is meant", "it is meant for {};{} is meant;the day is {}"),
-         ("open the OPENING", "what is opened", "it is the {};the {} is opened;what is opened is the {}"),
-         ("close the OPENING", "what is closed", "it is the {};the {} is closed;what is closed is the {}"),
-         ("COLOUR", "which colour is named", "the colour is {};{} is named;it is {}")]
-FACTS = [(re.compile(rf"\b{re.sub('[A-Z]+', lambda slot: '(' + '|'.join(SLOTS[slot[0]]) + ')', said)}\b"), *rest) for said, *rest in FACTS]
+# What a command can be asked about: the words before a slot; the slot; the question; three wordings of the answer, _ for the word in it.
+FACTS = [("", "NAME", "who is named", "the one who is named is _;_ is named;it is _ who is named"),
+         ("in the", "ROOM", "which room is meant", "the room is the _;the _ is meant;it is the _"),
+         ("", "NUMBER", "which number is said", "the number is _;_ is said;it is the number _"),
+         ("", "DAY", "which day is meant", "it is meant for _;_ is meant;the day is _"),
+         ("open the", "OPENING", "what is opened", "it is the _;the _ is opened;what is opened is the _"),
+         ("close the", "OPENING", "what is closed", "it is the _;the _ is closed;what is closed is the _"),
+         ("", "COLOUR", "which colour is named", "the colour is _;_ is named;it is _")]
 
 
 def questions(text):
-    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least.
-
-    Answers are free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which.
-    """
+    """Questions about a sentence of the corpus with answers in full sentences: [(question, answer), ...], three at least. Answers are
+    free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which."""
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
     count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
-    pairs = [(f"what is the {place} of the {kind}",
-              f"the {place} of the {kind} is {{}};{{}} is the {place} of the {kind};the {place} one is {{}}", words[i])
-             for place, i in (("first", 0), ("last", -1))]
-    pairs.append((f"how many {kind} are there", f"there are {{}} {kind};{{}} {kind} are there;it has {{}} {kind}", count))
-    for said, question, answers in FACTS:
-        found = said.findall(text)
-        if kind == "words" and len(found) == 1:
-            pairs.append((question, answers, found[0]))
-    return [(question, answers.split(";")[zlib.crc32(f"{text} {question}".encode()) % 3].format(word)) for question, answers, word in pairs]
+    asked = [(f"what is the {place} of the {kind}",
+              f"the {place} of the {kind} is _;_ is the {place} of the {kind};the {place} one is _", word)
+             for place, word in (("first", words[0]), ("last", words[-1]))]
+    asked.append((f"how many {kind} are there", f"there are _ {kind};_ {kind} are there;it has _ {kind}", count))
+    for before, slot, question, answers in FACTS if kind == "words" else ():
+        lead = before.split()
+        found = [word for i, word in enumerate(words) if word in SLOTS[slot] and words[i - len(lead):i] == lead]
+        if len(found) == 1:
+            asked.append((question, answers, found[0]))
+    choice = lambda question: zlib.crc32(f"{text} {question}".encode()) % 3
+    return [(question, answers.split(";")[choice(question)].replace("_", word)) for question, answers, word in asked]
 
 
 def split_of(text):
     """The split a sentence belongs to, by a hash that no seed changes: the splits can share no sentence."""
     bucket = zlib.crc32(text.encode()) % 100
-    for split, percent in SPLITS.items():
-        if bucket < percent:
-            return split
-        bucket -= percent
+    return "train" if bucket < 80 else "dev" if bucket < 90 else "test"
 
 
 def sentence_in(split, rng, hard, task="asr"):
@@ -237,41 +222,42 @@ def sentence_in(split, rng, hard, task="asr"):
 
 # --------------------------------------------------------------------------------------------- synthesiser
 # Vowels: ms, F1-F3 at the start and at the end (Hz, a man's voice).
-VOWELS = """IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 1750 2570
+VOWELS = table("""IY 140 310 2150 2960 290 2250 3000;IH 100 410 1850 2570 450 1750 2570
     EY 170 480 1780 2520 330 2120 2650;EH 115 540 1750 2500 600 1640 2500
     AE 160 640 1700 2430 680 1580 2450;AA 160 720 1180 2550 720 1200 2550
     AO 160 590 900 2550 610 960 2550;AH 110 630 1220 2550 620 1240 2550
     AX 65 500 1420 2500 500 1420 2500;OW 170 540 1050 2350 420 820 2300
     UH 100 450 1080 2350 470 1120 2350;UW 150 330 1150 2250 310 950 2200
     ER 160 470 1270 1620 450 1300 1600;AY 210 700 1200 2550 380 2000 2600
-    AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500"""
-# Consonants: ms, F1-F3 to glide to, voice dB, breath dB, friction dB (against a vowel; 0 is none of it),
-# centre and width of the friction's band in Hz.
-CONSONANTS = """W 85 290 620 2150 -6 0 0 0 0;Y 75 260 2150 3020 -6 0 0 0 0;R 85 320 1080 1420 -6 0 0 0 0
-    L 80 330 1050 2850 -6 0 0 0 0;M 110 300 1150 2150 -5 0 0 0 0;N 105 300 1600 2600 -5 0 0 0 0
-    NG 95 300 2000 2700 -5 0 0 0 0;HH 75 0 0 0 0 -17 0 0 0;F 95 340 1100 2080 0 0 -27 5000 5000
-    V 70 270 1100 2080 -9 0 -32 5000 5000;TH 95 320 1350 2540 0 0 -29 6500 3500
-    DH 50 290 1350 2540 -9 0 -34 6000 4000;S 120 320 1500 2600 0 0 -11 6300 1400
-    Z 90 260 1500 2600 -14 0 -16 6300 1400;SH 120 320 1850 2650 0 0 -10 3300 1100
-    ZH 90 270 1850 2650 -13 0 -15 3200 1100;P 75 300 950 2150 0 -22 -20 1200 2500
-    B 70 220 950 2150 -20 0 -22 1000 2500;T 65 300 1750 2700 0 -22 -10 5000 2200
-    D 60 220 1750 2700 -20 0 -15 4500 2200;K 70 300 1990 2500 0 -21 -12 2000 700
-    G 65 220 1990 2500 -20 0 -16 2000 700;CH 55 320 1850 2700 0 -30 -9 3400 1200
-    JH 50 240 1850 2700 -20 0 -13 3300 1200"""
+    AW 210 700 1300 2550 420 900 2350;OY 210 530 880 2400 370 1900 2500""")
+# Consonants: ms, F1-F3 to glide to, their widths; voice dB, breath dB, friction dB (against a vowel; 0 is none of it), centre and
+# width of the friction's band; the dip that a nasal's closed mouth makes (Hz; 0: not a nasal). Of stops, it is the closure's ms and widths.
+CONSONANTS = table("""W 85 290 620 2150 70 100 160 -6 0 0 0 0 0;Y 75 260 2150 3020 70 100 160 -6 0 0 0 0 0
+    R 85 320 1080 1420 70 100 160 -6 0 0 0 0 0;L 80 330 1050 2850 70 100 160 -6 0 0 0 0 0
+    M 110 300 1150 2150 100 200 250 -5 0 0 0 0 1000;N 105 300 1600 2600 100 200 250 -5 0 0 0 0 1600
+    NG 95 300 2000 2700 100 200 250 -5 0 0 0 0 2800;HH 75 0 0 0 200 120 200 0 -17 0 0 0 0
+    F 95 340 1100 2080 200 150 250 0 0 -27 5000 5000 0;V 70 270 1100 2080 90 120 200 -9 0 -32 5000 5000 0
+    TH 95 320 1350 2540 200 150 250 0 0 -29 6500 3500 0;DH 50 290 1350 2540 90 120 200 -9 0 -34 6000 4000 0
+    S 120 320 1500 2600 200 150 250 0 0 -11 6300 1400 0;Z 90 260 1500 2600 90 120 200 -14 0 -16 6300 1400 0
+    SH 120 320 1850 2650 200 150 250 0 0 -10 3300 1100 0;ZH 90 270 1850 2650 90 120 200 -13 0 -15 3200 1100 0
+    P 75 300 950 2150 80 200 300 0 -22 -20 1200 2500 0;B 70 220 950 2150 80 200 300 -20 0 -22 1000 2500 0
+    T 65 300 1750 2700 80 200 300 0 -22 -10 5000 2200 0;D 60 220 1750 2700 80 200 300 -20 0 -15 4500 2200 0
+    K 70 300 1990 2500 80 200 300 0 -21 -12 2000 700 0;G 65 220 1990 2500 80 200 300 -20 0 -16 2000 700 0
+    CH 55 320 1850 2700 80 200 300 0 -30 -9 3400 1200 0;JH 50 240 1850 2700 80 200 300 -20 0 -13 3300 1200 0""")
 VOT = {"P": 45, "T": 50, "K": 60, "B": 4, "D": 8, "G": 15, "CH": 75, "JH": 50}   # ms from burst to voice
-VOWELS, CONSONANTS = ({e.split()[0]: np.array(e.split()[1:], float) for e in t.replace("\n", ";").split(";")}
-                      for t in (VOWELS, CONSONANTS))
-VELARS = {"K", "G", "NG"}
-NASALS = {"M": 1000.0, "N": 1600.0, "NG": 2800.0}                  # Hz of the dip the closed mouth makes
+VOWELS, CONSONANTS = ({phone: np.array(values, float) for phone, values in rows.items()} for rows in (VOWELS, CONSONANTS))
+for values in CONSONANTS.values():
+    values[7:10] = np.where(values[7:10] < 0, 10 ** (values[7:10] / 20), 0.0)
 Z = np.exp(-2j * np.pi * np.outer(np.arange(3), np.arange(FFT // 2 + 1)) / FFT).astype(np.complex64)  # (3, K): z**-k
 BINS = np.arange(FFT // 2 + 1, dtype=np.float32) * SAMPLE_RATE / FFT                 # (K,) Hz
 WINDOW = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)           # windows one hop apart add up to 1
 
 
-def voice(rng, condition):
-    """Draw a speaker: f0 (Hz), range (of pitch, as a share of f0), tract (formants as a multiple of a man's),
-    rate (of speech), breath (share of noise in the voice), tilt (Hz above which the voice falls off).
-    The same rng state gives the same person under clean and hard, only quicker and odder under hard."""
+def speaker_voice(pool, index, condition):
+    """Voice `index` of a pool in VOICES, each of which has random streams of its own: f0 (Hz), range (of pitch, as a share of f0),
+    tract (formants as a multiple of a man's), rate (of speech), breath (share of noise in the voice), tilt (Hz above which the voice
+    falls off). Under clean and hard it is the same person, only quicker and odder under hard."""
+    rng = np.random.default_rng([1000 + list(VOICES).index(pool), index])
     f0, tract = [(rng.uniform(85, 145), rng.uniform(0.93, 1.08)),
                  (rng.uniform(160, 250), rng.uniform(1.08, 1.22)),
                  (rng.uniform(230, 310), rng.uniform(1.2, 1.32))][rng.choice(3, p=(0.48, 0.46, 0.06))]
@@ -288,80 +274,77 @@ def voice(rng, condition):
     return v
 
 
-def row(ms, formants, widths=(55, 80, 130), av=0.0, ah=0.0, af=0.0, centre=3000.0, width=2000.0, dip=0.0):
-    """A segment: ms, F1-F3, B1-B3, amplitudes of voice, breath and friction (0-1), the friction's band, the
-    frequency of a nasal's dip (0: not a nasal). # (12,)"""
-    return [ms, *formants, *widths, av, ah, af, centre, width, dip]
+def segment(ms, formants, voiced=0.0):
+    """A row as in CONSONANTS, open as a vowel: ms, F1-F3 (Hz), their widths, amplitudes of voice, breath and friction (0-1), centre
+    and width of the friction's band, the frequency of a nasal's dip (0: not a nasal). (13,)"""
+    return np.array([ms, *formants, 55, 80, 130, voiced, 0, 0, 3000, 2000, 0])
 
 
-def phone_rows(phones, i, stretch):
+def changed(seg, ms, parts, widths=None):
+    """A copy of a segment (13,) that lasts `ms`, with its three amplitudes times `parts` and, if given, other widths."""
+    new = seg.copy()
+    new[0], new[4:7], new[7:10] = ms, seg[4:7] if widths is None else widths, seg[7:10] * parts
+    return new
+
+
+def phone_segments(phones, i, stretch):
     """The segments of phone i of a word: vowels glide, stops are a closure, a burst and a breath."""
-    p, before = phones[i], phones[i - 1] if i else ""
+    p, before, last = phones[i], phones[i - 1] if i else "", i == len(phones) - 1
     after = next((q for q in phones[i + 1:] if q in VOWELS), None)
     if p in VOWELS:
         ms, start, end = VOWELS[p][0] * stretch, VOWELS[p][1:4], VOWELS[p][4:7]
-        if phones[i + 1:i + 2] and phones[i + 1] in {"P", "T", "K", "CH", "F", "S", "TH"}:
+        if not last and phones[i + 1] in {"P", "T", "K", "CH", "F", "S", "TH"}:
             ms *= 0.8                        # short before voiceless sounds: the main cue of bat against bad
-        return [row(ms / 5, start + (end - start) * g, av=a) for g, a in
-                ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
-    (ms, *_, centre, width), f, levels = CONSONANTS[p], CONSONANTS[p][1:4], CONSONANTS[p][4:7]
-    av, ah, af = np.where(levels < 0, 10 ** (levels / 20), 0.0)
+        return [segment(ms / 5, start + (end - start) * g, a) for g, a in ((0.0, 0.7), (0.1, 1), (0.4, 1), (0.8, 0.9), (1.0, 0.7))]
+    seg = CONSONANTS[p].copy()
     near = VOWELS[after][1:4] if after else VOWELS[before][4:7] if before in VOWELS else VOWELS["AX"][1:4]
-    if p in VELARS:                          # the tongue meets the palate where the vowel wants it
+    if p in ("K", "G", "NG"):                # the tongue meets the palate where the vowel wants it
         f2 = 0.7 * near[1] + 500
-        f, centre = np.array([f[0], f2, max(f2 + 350, 2200)]), f2 + 100
-    if p == "HH":
-        return [row(ms, near, (200, 120, 200), ah=ah)]
-    if p in NASALS:
-        return [row(ms, f, (100, 200, 250), av, dip=NASALS[p])]
+        seg[2], seg[3], seg[10] = f2, max(f2 + 350, 2200), f2 + 100
     if p not in VOT:
-        soft = (70, 100, 160) if av > 0 and af == 0 else (90, 120, 200) if av > 0 else (200, 150, 250)
-        return [row(ms * (0.85 if i == 0 else 1), f, soft, av, ah, af, centre, width)]
-    closed = row(ms, f, (80, 200, 300), av)
+        if p == "HH":                        # breath in the shape of the next vowel
+            seg[1:4] = near
+        elif i == 0 and not seg[12]:
+            seg[0] *= 0.85
+        return [seg]
+    closed = changed(seg, seg[0], (1, 0, 0))
     if p in ("CH", "JH"):
-        return [closed, row(VOT[p], f, (150, 150, 250), av * 2, 0, af, centre, width)]
-    last = i == len(phones) - 1
+        return [closed, changed(seg, VOT[p], (2, 0, 1), (150, 150, 250))]
+    burst = changed(seg, 12, (1, 1, 0.6 if last else 1), (200, 150, 250))
     breath = VOT[p] * (0.35 if before == "S" or (after is None and not last) else 0.7 if last else 1.0)
-    burst = row(12, f, (200, 150, 250), av, ah, af * (0.6 if last else 1.0), centre, width)
-    puff = row(breath, (f + near) / 2, (200, 150, 250), av, ah or 0.05, af * 0.1, centre, width)
+    puff = changed(seg, breath, (1, 1, 0.1), (200, 150, 250))
+    puff[1:4], puff[8] = (seg[1:4] + near) / 2, seg[8] or 0.05
     return [closed, burst, puff]
 
 
-def faded(r, ms, part):
-    """A copy of segment r that lasts `ms`, its three amplitudes times `part`."""
-    return [ms, *r[1:7], *(part * a for a in r[7:10]), *r[10:]]
-
-
-def silence(rows, seconds):
+def silence(segments, seconds):
     """A pause: what was voiced before dies away first, since a voice cut off short sounds like a t or a p."""
-    fade = [faded(rows[-1], 55.0, 0.5), faded(rows[-1], 55.0, 0.15)] if rows and rows[-1][7] > 0.3 else []
-    return fade + [row(1000 * seconds, rows[-1][1:4] if rows else (500, 1500, 2500))]
+    fade = [changed(segments[-1], 55, 0.5), changed(segments[-1], 55, 0.15)] if segments and segments[-1][7] > 0.3 else []
+    return fade + [segment(1000 * seconds, segments[-1][1:4] if segments else (500, 1500, 2500))]
 
 
 def timeline(text, v, rng, pauses):
-    """All segments of a sentence (S, 12) and the middles and sizes of its pitch accents [(s, share), ...]."""
-    words, rows, accents = text.split(), [], []
+    """All segments of a sentence (S, 13) and the middles and sizes of its pitch accents [(s, share), ...]."""
+    words, segments, accents = text.split(), [], []
     for w, word in enumerate(words):
-        if word not in LEXICON:
-            raise ValueError(f"{word!r} is not in the lexicon")
         phones = LEXICON[word]
         if pauses[w] > 0:
-            rows += silence(rows, pauses[w])
+            segments += silence(segments, pauses[w])
         first = next(i for i, p in enumerate(phones) if p in VOWELS)
         for i, p in enumerate(phones):
             stretch = rng.uniform(0.9, 1.1) * (0.75 if word in WEAK else 1.0 if i == first else 0.85)
             final = i >= len(phones) - 2 and p in VOWELS
             stretch *= (1.35 if w == len(words) - 1 else 1.1) if final and word not in WEAK else 1.0
-            new = phone_rows(phones, i, stretch)
+            new = phone_segments(phones, i, stretch)
             if pauses[w] > 0 and i == 0 and (new[0][7] > 0.3 or new[0][9] > 0):
-                new = [faded(new[0], 18.0, 0.15), faded(new[0], 18.0, 0.5)] + new
-            for r in new:
-                r[0] /= v["rate"]
+                new = [changed(new[0], 18, 0.15), changed(new[0], 18, 0.5)] + new
+            for seg in new:
+                seg[0] /= v["rate"]
             if i == first and word not in WEAK:
-                accents.append((sum(r[0] for r in rows) / 1000 + 0.05, rng.uniform(0.2, 1.0)))
-            rows += new
-    rows += silence(rows, pauses[-1])
-    return np.array(rows), accents
+                accents.append((sum(seg[0] for seg in segments) / 1000 + 0.05, rng.uniform(0.2, 1.0)))
+            segments += new
+    segments += silence(segments, pauses[-1])
+    return np.array(segments), accents
 
 
 def smooth(x, taps):
@@ -387,13 +370,13 @@ def pulses(f0, n, rng):
 def synthesise(text, voice, rng, pauses=None):
     """Speak `text` (lexicon words) in `voice`: float32 (n,) at SAMPLE_RATE, peak 1, without noise.
     pauses: s of silence before each word and after the last (words + 1 of them); None draws natural ones.
-    Raises ValueError for a word that is not in the lexicon."""
+    Raises KeyError for a word that is not in the lexicon."""
     if pauses is None:
         pauses = natural_pauses(len(text.split()), rng)
     seg, accents = timeline(text, voice, rng, pauses)
     ends = np.cumsum(seg[:, 0]) / 5                                 # in frames
     count = int(ends[-1]) + 1
-    track = seg[np.searchsorted(ends, np.arange(count)).clip(max=len(seg) - 1)]       # (T, 12)
+    track = seg[np.searchsorted(ends, np.arange(count)).clip(max=len(seg) - 1)]       # (T, 13)
     shape = smooth(track[:, 1:7], 13)                               # 65 ms: how fast the mouth moves
     av, ah, af = smooth(track[:, 7:10], 3).T                        # (T,) each
     bands = smooth(track[:, 10:12] * track[:, 9:10], 3)             # the band travels with its friction
@@ -419,8 +402,7 @@ def synthesise(text, voice, rng, pauses=None):
         return 1 - column(2 * r * np.cos(2 * np.pi * hz / SAMPLE_RATE)) * Z[1] + column(r * r) * Z[2]
 
     upper = np.arange(3500, 7600 / tract, 1000) * tract             # resonances nobody steers, from F4 on
-    fixed = np.prod(response(upper, 0.06 * upper), axis=0)          # (K,)
-    mouth = np.repeat(1 / fixed[None], len(on), 0)                  # (T', K)
+    mouth = 1 / np.prod(response(upper, 0.06 * upper), axis=0, keepdims=True).repeat(len(on), 0)      # (T', K)
     hum = np.flatnonzero(nasal > 0)                                 # a dip that a wide resonance cancels elsewhere
     dip = np.where(track[on, 12] > 0, track[on, 12], 1000.0)[hum] * tract
     mouth[hum] *= response(dip, 90 + 2500 * (1 - nasal[hum])) / response(dip, np.full(len(hum), 2590.0))
@@ -453,16 +435,16 @@ def synthesise(text, voice, rng, pauses=None):
 def natural_pauses(words, rng):
     """s of silence before each word and after the last, mostly 0 between words. (words + 1,)"""
     pauses = np.where(rng.random(words + 1) < 0.3, rng.uniform(0.03, 0.15, words + 1), 0.0)
-    pauses[[0, -1]] = rng.uniform(*EDGE, 2)
+    pauses[[0, -1]] = rng.uniform(0.05, 0.25, 2)
     return pauses
 
 
 # ---------------------------------------------------------------------------------------------- conditions
-def coloured_noise(n, rng, colour=None):
-    """Noise of unit power, float32 (n,): white, pink, brown or a band of it; a random colour if None."""
+def coloured_noise(n, rng, colours=("white", "pink", "brown", "band")):
+    """Noise of unit power, float32 (n,), of one of the colours ("band": little else than a band of it)."""
     size = -(-n // 4096) * 4096              # quick to transform, and less to throw away than of a power of two
     hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
-    colour = colour or str(rng.choice(["white", "pink", "brown", "band"]))
+    colour = str(rng.choice(colours))
     if colour == "band":
         centre = np.exp(rng.uniform(math.log(300), math.log(4000)))
         gain = np.exp(-0.5 * (np.log(np.maximum(hz, 20) / centre) / rng.uniform(0.3, 0.8)) ** 2) + 0.03
@@ -485,9 +467,8 @@ def uneven_noise(n, rng):
 
 
 def reverberate(audio, rng):
-    """Echo: convolve with a dying noise whose RT60 is drawn from OOD_RT60. float32 (n,) -> (n,)"""
-    rt60 = rng.uniform(*OOD_RT60)
-    n = int(rt60 * SAMPLE_RATE)
+    """Echo: convolve with a noise that falls by 60 dB in 0.2 to 0.5 s. float32 (n,) -> (n,)"""
+    n = int(rng.uniform(0.2, 0.5) * SAMPLE_RATE)
     tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n) * rng.uniform(0.02, 0.05)
     tail[0] = 1.0                            # the direct sound
     size = 1 << (len(audio) + n - 1).bit_length()
@@ -499,16 +480,13 @@ def reverberate(audio, rng):
 def babble_tracks(seed=0):
     """Tracks of one talker each, 8 s, to mix babble from: float32 (24, n). Training sentences in voices that
     speak nowhere else. Built once for a seed (a number, or a tuple of them), in about half a second."""
-    rng, n = np.random.default_rng([*np.atleast_1d(seed), 7]), 8 * SAMPLE_RATE
-    tracks = np.zeros((24, n), np.float32)
-    for track in tracks:
-        talker, at = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), 0
-        while at < n:
-            audio = synthesise(sentence_in("train", rng, True), talker, rng)[:n - at]
-            track[at:at + len(audio)] = audio
-            at += len(audio)
-        track /= track.std()
-    return tracks
+    rng, n, tracks = np.random.default_rng([*np.atleast_1d(seed), 7]), 8 * SAMPLE_RATE, []
+    for _ in range(24):
+        talker, track = speaker_voice("babble", int(rng.integers(VOICES["babble"])), "clean"), np.zeros(0, np.float32)
+        while len(track) < n:
+            track = np.append(track, synthesise(sentence_in("train", rng, True), talker, rng))
+        tracks.append(track[:n] / track[:n].std())
+    return np.stack(tracks)
 
 
 def mix(speech, noise, snr):
@@ -526,10 +504,9 @@ def degrade(audio, condition, rng, babble=None):
     babble: tracks of single talkers (m, n')."""
     n = len(audio)
     if condition == "clean":
-        colour = str(rng.choice(["white", "pink", "brown"]))
-        audio = mix(audio, coloured_noise(n, rng, colour), rng.uniform(*CLEAN_SNR))
+        noise = coloured_noise(n, rng, ("white", "pink", "brown"))
     elif condition == "hard":
-        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*HARD_SNR))
+        noise = uneven_noise(n, rng)
     else:
         kind = rng.choice(3, p=(0.45, 0.25, 0.3)) if condition == "ood" else int(condition != "babble")  # babble, noise, both
         noise = np.zeros(n, np.float32)
@@ -539,21 +516,16 @@ def degrade(audio, condition, rng, babble=None):
             noise /= noise.std()
         if kind != 0:
             noise += uneven_noise(n, rng)
-        clicks = 0.3 if condition == "ood" else float(condition == "pauses")
-        for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE) if rng.random() < clicks else 0):
-            noise[rng.integers(n)] += rng.uniform(5, 20)
+        if rng.random() < {"ood": 0.3, "pauses": 1.0}.get(condition, 0.0):
+            for _ in range(rng.poisson(0.4 * n / SAMPLE_RATE)):    # clicks
+                noise[rng.integers(n)] += rng.uniform(5, 20)
         if condition in ("ood", "far"):
             audio = reverberate(audio, rng)
-        audio = mix(audio, noise, rng.uniform(*OOD_SNR))
+    audio = mix(audio, noise, rng.uniform(*SNR.get(condition, SNR["ood"])))
     return (audio * (rng.uniform(0.15, 0.95) / np.abs(audio).max())).astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------------------- corpus
-def speaker_voice(pool, index, condition):
-    """Voice `index` of a pool in VOICES: each pool has random streams of its own, so no voice is shared."""
-    return voice(np.random.default_rng([1000 + list(VOICES).index(pool), index]), condition)
-
-
 def posed(text, task, which):
     """A sentence of the corpus as an item of a task; `which`, any number, picks the question of SQA."""
     pairs = questions(text)
@@ -567,7 +539,7 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None, speak
     condition: one of CONDITIONS; None is hard with probability HARD_SHARE, else clean. ood speaks the
     test split's sentences in voices of its own, so only split test may ask for it (AssertionError).
     said: an item without audio that is to be spoken, instead of a sentence drawn; speaker: number of a voice, likewise."""
-    rng = np.random.default_rng([seed, list(SPLITS).index(split), index, CONDITIONS.index(condition)])
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, CONDITIONS.index(condition)])
     if condition is None:
         condition = "hard" if rng.random() < HARD_SHARE else "clean"
     assert condition != "ood" or split == "test", "ood is never trained on: it belongs to split test"
@@ -578,8 +550,7 @@ def utterance(split, index, seed=0, condition=None, task="asr", said=None, speak
         text = said["text"] if said else sentence_in(split, rng, condition != "clean", task)
         words = len(text.split())
         pauses = natural_pauses(words, rng)
-        stretch, p = {"hard": (HARD_STRETCH, HARD_STRETCH_P), "ood": (OOD_STRETCH, OOD_STRETCH_P),
-                      "pauses": (OOD_STRETCH, 2 * OOD_STRETCH_P)}.get(condition, ((0, 0), 0.0))
+        stretch, p = STRETCH.get(condition, ((0, 0), 0.0))
         for place in (0, words, int(rng.integers(1, words)) if words > 1 else 0):
             if rng.random() < p:
                 pauses[place] += rng.uniform(*stretch)
@@ -602,10 +573,8 @@ SORTED = 32  # of recorded speech, whose lengths are known before it is read: 89
 
 class Embedded:
     """The made-up corpus. `sets` names dev and the test sets with their sizes, `tests` those of a run's table; train has no end.
-
     domain: the condition of RL's and the control's audio, "hard" or one of OOD_PARTS, which then is a test set, and dev's.
-    dialogues: items without audio that a teacher invented (RBA); with them train and dev are those and no other sentences.
-    """
+    dialogues: items without audio that a teacher invented (RBA); with them train and dev are those and no other sentences."""
 
     def __init__(self, seed, test=300, task="asr", domain="hard"):
         self.seed, self.task, self.domain, self.dialogues = seed, task, domain, []
@@ -626,16 +595,13 @@ class Embedded:
 
     def dialogue(self, stream, number):
         """Dialogue of utterance `number` of a stream or of dev; None without a teacher. SFT has the first four fifths of them, dev the last
-        twentieth, RL what lies between, in TAKES voices each. No dialogue is in two, and of the sentences (sft.teach has
-        them in order) two at the most."""
+        twentieth, RL the rest, in TAKES voices each: no dialogue is in two, and two sentences at the most (sft.teach has them in order)."""
         if not self.dialogues:
             return None
-        rl, dev = len(self.dialogues) * 4 // 5, len(self.dialogues) * 19 // 20
-        if stream == "grpo":
-            return self.dialogues[rl + number // TAKES % (dev - rl)]
-        if stream == "dev":
-            return self.dialogues[dev + number % (len(self.dialogues) - dev)]
-        return self.dialogues[(STREAMS[stream] * 7919 + number) % rl]
+        n = len(self.dialogues)
+        first, end = {"grpo": (n * 4 // 5, n * 19 // 20), "dev": (n * 19 // 20, n)}.get(stream, (0, n * 4 // 5))
+        place = number // TAKES if stream == "grpo" else number if stream == "dev" else STREAMS[stream] * 7919 + number
+        return self.dialogues[first + place % (end - first)]
 
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
@@ -644,12 +610,10 @@ class Embedded:
     @functools.lru_cache(maxsize=1)
     def group(self, stream, group, size):
         """GROUP batches, made together and sorted by length; but the voices of a dialogue of RL's stay together."""
-        first = STREAMS[stream] * 10**7 + group * GROUP * size
-        condition = self.domain if stream == "grpo" else None
-        if stream == "encoder" and group * GROUP * size < CLEAN_START:
-            condition = "clean"
-        items = [utterance("train", first + i, self.seed, condition, self.task, self.dialogue(stream, group * GROUP * size + i))
-                 for i in range(GROUP * size)]
+        first = group * GROUP * size
+        condition = "clean" if stream == "encoder" and first < CLEAN_START else self.domain if stream == "grpo" else None
+        items = [utterance("train", STREAMS[stream] * 10**7 + i, self.seed, condition, self.task, self.dialogue(stream, i))
+                 for i in range(first, first + GROUP * size)]
         if not (self.dialogues and stream == "grpo"):
             items.sort(key=lambda item: len(item["audio"]))
         order = np.random.default_rng([self.seed, group]).permutation(GROUP)
@@ -678,35 +642,21 @@ class Embedded:
 
 # ------------------------------------------------------------------------------------------ recorded audio
 def die(message):
-    """Print `error: message` and leave with status 2: what every script here does about bad input.
-
-    Under torchrun each process says so itself: the first to leave ends the others, perhaps before they could speak for it."""
+    """Print `error: message` and leave with status 2: what every script here does about bad input. Under torchrun each process says so
+    itself: the first to leave ends the others, perhaps before they could speak for it."""
     rank = os.environ.get("RANK", "0")
     print(f"{f'[rank {rank}] ' * (rank != '0')}error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def resample(x, sr_in, sr_out, zeros=24):
-    """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). A windowed sinc with
-    `zeros` zero crossings a side, cut off below the lower Nyquist frequency so that nothing folds back."""
+def resample(x, sr_in, sr_out):
+    """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). The spectrum ends at the lower Nyquist
+    frequency, so that nothing folds back."""
     if sr_in == sr_out:
         return np.asarray(x, np.float32)
-    g = math.gcd(sr_in, sr_out)
-    up, down = sr_out // g, sr_in // g
-    cut = 0.95 * min(1.0, up / down)         # of the input's Nyquist; the 5 % pays for a finite filter
-    half = math.ceil(zeros / cut)
-    count = round(len(x) * sr_out / sr_in)
-    taps = np.arange(-half, half + 1)
-    x = np.pad(np.asarray(x, np.float32), (half, half + down + 1))
-    view = np.lib.stride_tricks.sliding_window_view(x, 2 * half + 1)
-    out = np.zeros(count, np.float32)
-    for phase in range(min(up, count)):      # outputs phase, phase + up, ... all use the same filter
-        start, rest = divmod(phase * down, up)
-        at = taps - rest / up                # (taps,) input samples from the output's place
-        h = cut * np.sinc(cut * at) * np.kaiser(2 * half + 1, 8.0)
-        rows = len(range(phase, count, up))
-        out[phase::up] = view[start::down][:rows] @ (h / h.sum()).astype(np.float32)
-    return out
+    seconds = len(x) // sr_in + 2            # whole ones, of whole samples at any rate; a silent one parts the end from the start
+    y = np.fft.irfft(np.fft.rfft(x, seconds * sr_in), seconds * sr_out) * (sr_out / sr_in)
+    return y[:round(len(x) * sr_out / sr_in)].astype(np.float32)
 
 
 def load_audio(path):
@@ -726,35 +676,54 @@ def load_audio(path):
 
 
 def not_too_long(seconds, path):
-    """Ends the program at a recording over LONGEST_SECONDS, whose batch might take more memory than there is."""
+    """Ends the program at audio that is over LONGEST_SECONDS but did not say so (read_data would have left it out)."""
     if seconds > LONGEST_SECONDS:
         die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
 
-def share(key):
-    """A stable number in [0, 1) for a string, to deal items out to splits."""
-    return zlib.crc32(key.encode()) / 2 ** 32
+def lines_of(path, parse, form):
+    """(FILE:LINE, parse(line)) of each line of a UTF-8 file that is not empty. form: what a line is to be, for whom it is not."""
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            if raw.strip():
+                try:
+                    yield where, parse(raw.decode("utf-8-sig").strip())
+                except (ValueError, RecursionError) as e:
+                    die(f"{where}: cannot be read ({e}); write {form} a line, in UTF-8")
 
 
-def item_from_line(raw, where, folder, check):
-    """One manifest line (bytes) as an item; dies with `where` (FILE:LINE) about anything wrong with it."""
-    try:
-        item = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        die(f"{where}: not JSON ({e}); write one {{\"audio_filepath\": ..., \"text\": ...}} a line")
+def librispeech_lines(root):
+    """(FILE:LINE, item) of each line `ID TRANSCRIPT` in the *.trans.txt files of a LibriSpeech tree; the audio is ID.flac beside it.
+    A folder called train-*, dev-* or test-* (the root itself may be one) names the split."""
+    seen = {}
+    for file in sorted(root.rglob("*.trans.txt")):
+        folders = (root.resolve().name, *file.relative_to(root).parts)
+        split = next((name for name in folders if name.startswith(("train-", "dev-", "test-"))), None)
+        for where, (key, _, text) in lines_of(file, lambda line: line.partition(" "), "ID TRANSCRIPT"):
+            if key in seen:
+                die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
+            seen[key] = where
+            audio = str(file.resolve().parent / f"{key}.flac")
+            item = {"id": key, "audio_filepath": audio, "text": text, "speaker": key.split("-")[0]}
+            yield where, {**item, "split": split} if split else item
+
+
+def checked(item, where, folder, look):
+    """An item as `read_data` gives it; anything wrong with it ends the program with a line that begins with `where` (FILE:LINE).
+    folder: what audio_filepath is relative to. look: whether the audio file is looked up."""
     if not isinstance(item, dict):
         die(f"{where}: a JSON {type(item).__name__}, not an object; write one {{...}} a line")
-    for key in ("audio_filepath", "text"):
-        if key not in item:
-            die(f"{where}: no {key!r}; every line needs audio_filepath and text")
-    for key in ("audio_filepath", "text", "id", "lang", "speaker", "split", "translation", "question", "answer"):
-        by_lang = key == "translation" and isinstance(item.get(key), dict)         # {"de": "...", "fr": "..."}
-        for value in item[key].values() if by_lang else [item[key]] if key in item else []:
-            if not isinstance(value, str):
-                die(f"{where}: {key!r} is {json.dumps(value)[:40]}, not a string; put it in quotes")
-    for key in ("audio_filepath", "text", "id", "lang", "split"):
-        if key in item and not item[key].strip():
-            die(f"{where}: {key!r} is empty; fill it in or drop the line")
+    for key in ("audio_filepath", "text", "id", "lang", "split", "speaker", "translation", "question", "answer"):
+        if key not in item and key not in ("audio_filepath", "text"):
+            continue
+        value = item.get(key, "")
+        by_lang = key == "translation" and isinstance(value, dict)                 # {"de": "...", "fr": "..."}
+        for string in value.values() if by_lang else [value]:
+            if not isinstance(string, str):
+                die(f"{where}: {key!r} is {json.dumps(string)[:40]}, not a string; put it in quotes")
+        if key in ("audio_filepath", "text", "id", "lang", "split") and not value.strip():
+            die(f"{where}: {key!r} is empty or missing; fill it in or drop the line")
     if not any(map(str.isalnum, item["text"])):
         die(f"{where}: 'text' has no letter and no digit; fill it in or drop the line")
     if os.sep in item.get("split", "") or item.get("split") in (".", ".."):
@@ -762,92 +731,47 @@ def item_from_line(raw, where, folder, check):
     if item.get("offset"):
         die(f"{where}: has an offset, and files are read whole; cut the audio, or drop the line")
     path = os.path.normpath(os.path.join(folder, item["audio_filepath"]))
-    if check and not os.path.isfile(path):
-        die(f"{where}: audio file {path} does not exist; paths are taken from the manifest's folder")
-    seconds = item["duration"] if "duration" in item else duration_of(path, where)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e9:
+    if look and not os.path.isfile(path):
+        die(f"{where}: audio file {path} does not exist; put it there, or correct or drop the line")
+    try:
+        seconds = item["duration"] if "duration" in item else sf.info(path).duration
+    except (sf.LibsndfileError, OSError, RuntimeError):
+        die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
+    if type(seconds) not in (int, float) or not 0 < seconds < 1e9:
         die(f"{where}: duration {json.dumps(seconds)} is not a positive number of seconds; "
             "correct it, or leave it out to have it read from the file")
-    stem = os.path.splitext(os.path.basename(path))[0]
-    item = {"id": stem, "lang": "en", "speaker": "", **item, "audio_filepath": path,
-            "duration": float(seconds), "text": item["text"].strip()}
+    item = {"id": os.path.splitext(os.path.basename(path))[0], "lang": "en", "speaker": "", **item,
+            "audio_filepath": path, "duration": float(seconds), "text": item["text"].strip()}
     # One string for all lines where json makes one for each: a million items fit into 0.6 GB, not 1.3.
     return {sys.intern(k): sys.intern(v) if k in ("lang", "speaker", "split") else v for k, v in item.items()}
 
 
-def duration_of(path, where):
-    """Seconds of an audio file, from its header."""
-    try:
-        return sf.info(path).duration
-    except (sf.LibsndfileError, OSError, RuntimeError):
-        die(f"{where}: cannot read {path} as audio; convert it to wav or flac, or drop the line")
-
-
-def read_manifest(path):
-    """Items of a .jsonl file in NeMo's form, in file order. Past 100,000, audio files are not looked up."""
-    items = []
-    folder = os.path.dirname(os.path.abspath(path))
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if raw.strip():
-                items.append(item_from_line(raw, f"{path}:{number}", folder, len(items) < 100_000))
-    return items
-
-
-def read_librispeech(root, files):
-    """Items of a LibriSpeech tree: `ID TRANSCRIPT` lines in *.trans.txt beside ID.flac. A folder called
-    train-*, dev-* or test-* (the root itself may be one) names the split."""
-    items, seen = [], {}
-    for file in files:
-        parts = (root.resolve().name, *file.relative_to(root).parts)
-        split = next((p for p in parts if p.startswith(("train-", "dev-", "test-"))), None)
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                key, _, text = line.decode().strip().partition(" ")
-            except UnicodeDecodeError as e:
-                die(f"{where}: not UTF-8 ({e}); save the file as UTF-8")
-            if key in seen:
-                die(f"{where}: {key} was already given in {seen[key]}; delete one of the two")
-            seen[key] = where
-            audio = file.resolve().parent / f"{key}.flac"
-            if not any(map(str.isalnum, text)):
-                die(f"{where}: {key} has no transcript; fill it in or drop the line")
-            if not audio.is_file():
-                die(f"{where}: {audio} does not exist; unpack the audio again or drop the line")
-            items.append({"id": key, "audio_filepath": str(audio), "duration": duration_of(str(audio), where),
-                          "text": text.strip(), "lang": "en", "speaker": key.split("-")[0],
-                          **({"split": split} if split else {})})
-    return items
-
-
 def read_data(path, deal=True):
-    """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id,
-    audio_filepath (absolute), duration (s), text, lang, speaker, and whatever else its manifest line held.
+    """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id, audio_filepath (absolute),
+    duration (s), text, lang, speaker, and whatever else its manifest line held; those over LONGEST_SECONDS are left out.
     path: a folder with manifest.jsonl, a .jsonl or .json file (one object a line), or a LibriSpeech tree.
     Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
     where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
     Without a dev split, 5 % of train is set aside. deal False: for testing alone; what has no split is "test".
     Bad input ends the program with a line saying where."""
     root = Path(path)
-    if not root.exists():
-        die(f"{path}: no such file or folder; give a manifest (.jsonl), its folder or a LibriSpeech tree")
-    if root.is_file() or (root / "manifest.jsonl").is_file():
-        source = root if root.is_file() else root / "manifest.jsonl"
-        if source.suffix not in (".jsonl", ".json"):
-            die(f"{path}: not a .jsonl or .json manifest; give a manifest, its folder or a LibriSpeech tree")
-        items = read_manifest(source)
+    manifest = root / "manifest.jsonl" if (root / "manifest.jsonl").is_file() else root
+    if manifest.is_file() and manifest.suffix in (".jsonl", ".json"):
+        lines = lines_of(manifest, json.loads, 'one {"audio_filepath": ..., "text": ...}')
     else:
-        files = sorted(root.rglob("*.trans.txt"))
-        if not files:
-            die(f"{path}: no manifest.jsonl or *.trans.txt inside; give a manifest or LibriSpeech tree")
-        items = read_librispeech(root, files)
+        lines = librispeech_lines(root)
+    folder = os.path.dirname(os.path.abspath(manifest))
+    items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # past 100,000, no file is looked up
     if not items:
-        die(f"{path}: no utterances in it; it needs one line for each")
-    for item in items:
-        not_too_long(item["duration"], item["audio_filepath"])
+        die(f"{path}: {'no utterances in it' if root.exists() else 'no such file or folder'}; "
+            "give a manifest (.jsonl or .json), its folder or a LibriSpeech tree (with *.trans.txt), one line for each utterance")
+    long = [item["audio_filepath"] for item in items if item["duration"] > LONGEST_SECONDS]
+    if long:
+        said = (f"{path}: {len(long)} of {len(items)} utterances are left out, {long[0]} the first: "
+                f"over {LONGEST_SECONDS} s long; cut them into shorter pieces")
+        print(said, file=sys.stderr) if len(long) < len(items) else die(said)
+        items = [item for item in items if item["duration"] <= LONGEST_SECONDS]
+    share = lambda key: zlib.crc32(key.encode()) / 2 ** 32          # in [0, 1), the same for ever
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
@@ -898,12 +822,10 @@ class Recorded:
     def shuffle(self, stream, epoch, size):
         """An epoch's batches of indices into train: shuffled, then sorted by length within SORTED batches."""
         rng = np.random.default_rng([self.seed, STREAMS[stream], epoch])
-        order = rng.permutation(len(self.seconds))
-        batches = []
-        for start in range(0, len(order), SORTED * size):
-            group = order[start:start + SORTED * size]
+        order, batches = rng.permutation(len(self.seconds)), []
+        for group in np.split(order, range(SORTED * size, len(order), SORTED * size)):
             group = group[np.argsort(self.seconds[group], kind="stable")]
-            batches += [group[j:j + size] for j in range(0, len(group), size)]
+            batches += np.split(group, range(size, len(group), size))
         return [batches[j] for j in rng.permutation(len(batches))]
 
     def train_batch(self, stream, k, size):
@@ -911,10 +833,9 @@ class Recorded:
         epoch, j = divmod(k, math.ceil(len(self.data["train"]) / size))
         rng = np.random.default_rng([self.seed, STREAMS[stream], k, 1])
         items = [self.item("train", i) for i in self.shuffle(stream, epoch, size)[j]]
-        if not self.views:
-            return items
-        hard = stream == "grpo"
-        return [{**item, "audio": noisy_view(load_audio(item["audio_filepath"]), rng, hard)} for item in items]
+        for item in items if self.views else ():
+            item["audio"] = noisy_view(load_audio(item["audio_filepath"]), rng, stream == "grpo")
+        return items
 
     def texts(self, stream, k, size):
         """Batch k of training items for the stages text and read."""
@@ -939,10 +860,11 @@ def noisy_view(audio, rng, hard=False):
     utterance whose transcripts are all alike. float32 (n,) -> (n',)"""
     if not audio.any():                      # digital silence has no level to set a noise against
         return audio
-    n = max(2, int(len(audio) / rng.uniform(*(HARD_VIEW_SPEED if hard else VIEW_SPEED))))
+    speed, snr = VIEWS[hard]
+    n = max(2, int(len(audio) / rng.uniform(*speed)))
     audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
     if hard or rng.random() < 0.67:
-        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*(HARD_VIEW_SNR if hard else VIEW_SNR)))
+        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*snr))
     return degrade(audio, "clean", rng)
 
 
@@ -957,30 +879,6 @@ def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard",
     return Recorded(path, seed, task, lang, views, train) if path else Embedded(seed, test_size, task, domain)
 
 
-# ----------------------------------------------------------------------------------------------------- CLI
-def listen(folder, n, seed):
-    """Write n utterances of each condition to `folder` as wav and print what they say."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        die(f"--listen {folder}: cannot be made ({e}); give the name of a folder")
-    for condition in ("clean", "hard", "ood"):
-        for i in range(n):
-            item = utterance("test", i, seed, condition)
-            file = f"{item['id']}.wav"
-            sf.write(os.path.join(folder, file), item["audio"], SAMPLE_RATE)
-            print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
-
-
-def check(path):
-    """Print utterances, hours and speakers of each split of a recorded corpus."""
-    splits = read_data(path)                 # first: it may end the program
-    print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
-    for name, items in splits.items():
-        hours = sum(i["duration"] for i in items) / 3600
-        print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
-
-
 def main():
     """Command line: see the top of this file."""
     parser = argparse.ArgumentParser(description="Listen to the made-up corpus, or check a recorded one.")
@@ -992,7 +890,23 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or args.seed < 0:
         parser.error("--n must be at least 1 and --seed at least 0")
-    listen(args.listen, args.n, args.seed) if args.listen else check(args.check)
+    if args.check:
+        splits = read_data(args.check)       # first: it may end the program
+        print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
+        for name, items in splits.items():
+            hours = sum(i["duration"] for i in items) / 3600
+            print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
+        return
+    try:
+        os.makedirs(args.listen, exist_ok=True)
+    except OSError as e:
+        die(f"--listen {args.listen}: cannot be made ({e}); give the name of a folder")
+    for condition in ("clean", "hard", "ood"):
+        for i in range(args.n):
+            item = utterance("test", i, args.seed, condition)
+            file = f"{item['id']}.wav"
+            sf.write(os.path.join(args.listen, file), item["audio"], SAMPLE_RATE)
+            print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
 
 
 if __name__ == "__main__":
