@@ -69,34 +69,47 @@ LEXICON = {word: phones for words in LEXICON_TABLES.values() for word, phones in
 RANDOM_WORDS = [w for w in LEXICON if w not in {"for", "the"}]       # not what sounds like another (four) or is weak
 WEAK = set("the in for at and is".split())                         # spoken shorter, without a pitch accent
 # Each command has 15 forms and more: of one with two, the form that falls to test would be a tenth of all test sentences.
-# Beside it its German, in which :FORM asks for a row of FORMS. SWITCH and UPDOWN are verb prefixes there and go last.
-COMMANDS = """turn SWITCH the DEVICE in the ROOM | schalte DEVICE:a ROOM:d SWITCH
-    turn SWITCH the DEVICE for NAME | schalte DEVICE:a für NAME SWITCH
-    set alarm for NUMBER | stelle den wecker auf NUMBER uhr
-    set timer for NUMBER UNIT | stelle den timer auf NUMBER UNIT
-    stop the timer in NUMBER UNIT | halte den timer in NUMBER UNIT an
-    start timer for NUMBER UNIT | starte einen timer für NUMBER UNIT
-    play THING for NAME | spiele THING:a für NAME
-    play the next song for NAME | spiele das nächste lied für NAME
-    play song NUMBER | spiele lied NUMBER
+# Beside it its German in up to three wordings, as translators differ. There :FORM asks for a row of FORMS; SWITCH and UPDOWN are verb
+# prefixes and go last; what follows ~ is written on to the word before.
+COMMANDS = """turn SWITCH the DEVICE in the ROOM | schalte DEVICE:a ROOM:d SWITCH | DEVICE:a ROOM:d SWITCH ~schalten
+        | kannst du DEVICE:a ROOM:d SWITCH ~schalten
+    turn SWITCH the DEVICE for NAME | schalte DEVICE:a für NAME SWITCH | DEVICE:a für NAME SWITCH ~schalten
+        | kannst du DEVICE:a für NAME SWITCH ~schalten
+    set alarm for NUMBER | stelle den wecker auf NUMBER uhr | den wecker auf NUMBER uhr stellen | weck mich um NUMBER uhr
+    set timer for NUMBER UNIT | stelle den timer auf NUMBER UNIT | den timer auf NUMBER UNIT stellen
+        | kannst du den timer auf NUMBER UNIT stellen
+    stop the timer in NUMBER UNIT | halte den timer in NUMBER UNIT an | den timer in NUMBER UNIT anhalten
+        | stoppe den timer in NUMBER UNIT
+    start timer for NUMBER UNIT | starte einen timer für NUMBER UNIT | einen timer für NUMBER UNIT starten
+        | kannst du einen timer für NUMBER UNIT starten
+    play THING for NAME | spiele THING:a für NAME | THING:a für NAME spielen | spiel NAME THING:a vor
+    play the next song for NAME | spiele das nächste lied für NAME | das nächste lied für NAME spielen
+        | spiel NAME das nächste lied vor
+    play song NUMBER | spiele lied NUMBER | lied NUMBER spielen | spiel das lied NUMBER
     turn the volume UPDOWN in NUMBER minutes | dreh die lautstärke in NUMBER minuten UPDOWN
-    volume NUMBER | lautstärke NUMBER
-    call NAME | ruf NAME an
-    call NAME DAY | ruf NAME DAY an
-    text NAME and NAME | schreibe NAME und NAME
-    read the message for NAME | lies die nachricht für NAME vor
-    send NAME the message DAY | sende NAME DAY die nachricht
-    open the OPENING for NAME | öffne OPENING:a für NAME
-    close the OPENING in the ROOM | schließe OPENING:a ROOM:d
-    open the OPENING and close the OPENING | öffne OPENING:a und schließe OPENING:a
-    what is the weather in NUMBER hours | wie ist das wetter in NUMBER stunden
-    read the news for NAME | lies NAME die nachrichten vor
-    look at the COLOUR OBJECT | sieh dir COLOUR+OBJECT:A an
-    cancel the alarm at NUMBER DAY | lösche den wecker DAY um NUMBER uhr
-    is the OPENING in the ROOM open | ist OPENING:n ROOM:d offen
+        | die lautstärke in NUMBER minuten UPDOWN ~drehen | dreh in NUMBER minuten die lautstärke UPDOWN
+    volume NUMBER | lautstärke NUMBER | lautstärke auf NUMBER | stell die lautstärke auf NUMBER
+    call NAME | ruf NAME an | NAME anrufen | kannst du NAME anrufen
+    call NAME DAY | ruf NAME DAY an | NAME DAY anrufen | ruf DAY NAME an
+    text NAME and NAME | schreibe NAME und NAME | NAME und NAME schreiben | schreib an NAME und NAME
+    read the message for NAME | lies die nachricht für NAME vor | die nachricht für NAME vorlesen
+        | kannst du die nachricht für NAME vorlesen
+    send NAME the message DAY | sende NAME DAY die nachricht | NAME DAY die nachricht senden | schick NAME DAY die nachricht
+    open the OPENING for NAME | öffne OPENING:a für NAME | OPENING:a für NAME öffnen | mach OPENING:a für NAME auf
+    close the OPENING in the ROOM | schließe OPENING:a ROOM:d | OPENING:a ROOM:d schließen | mach OPENING:a ROOM:d zu
+    open the OPENING and close the OPENING | öffne OPENING:a und schließe OPENING:a | OPENING:a öffnen und OPENING:a schließen
+        | mach OPENING:a auf und OPENING:a zu
+    what is the weather in NUMBER hours | wie ist das wetter in NUMBER stunden | wie wird das wetter in NUMBER stunden
+        | wie sieht das wetter in NUMBER stunden aus
+    read the news for NAME | lies NAME die nachrichten vor | NAME die nachrichten vorlesen | lies die nachrichten für NAME vor
+    look at the COLOUR OBJECT | sieh dir COLOUR+OBJECT:A an | schau dir COLOUR+OBJECT:A an | COLOUR+OBJECT:A ansehen
+    cancel the alarm at NUMBER DAY | lösche den wecker DAY um NUMBER uhr | den wecker DAY um NUMBER uhr löschen
+        | stell den wecker DAY um NUMBER uhr ab
+    is the OPENING in the ROOM open | ist OPENING:n ROOM:d offen | steht OPENING:n ROOM:d offen | ist OPENING:n ROOM:d auf
     COLOUR OBJECT and COLOUR OBJECT | COLOUR+OBJECT:N und COLOUR+OBJECT:N
-    set the lights in the ROOM COLOUR | stelle die lichter ROOM:d auf COLOUR"""
-COMMANDS = [tuple(side.strip() for side in line.split("|")) for line in COMMANDS.splitlines()]
+    set the lights in the ROOM COLOUR | stelle die lichter ROOM:d auf COLOUR | die lichter ROOM:d auf COLOUR stellen
+        | mach die lichter ROOM:d COLOUR"""
+COMMANDS = [[side.strip() for side in line.split("|")] for line in re.sub(r"\n +\|", " |", COMMANDS).splitlines()]
 SLOTS = {k: v.split() for k, v in {
     "SWITCH": "on off", "DEVICE": "light lights lamp fan heater radio alarm", "UNIT": "minutes hours",
     "ROOM": "kitchen bedroom garage office", "THING": "music news song radio message", "UPDOWN": "up down",
@@ -131,25 +144,30 @@ FORMS = {"n": dict(m="der", f="die", n="das", p="die"), "a": dict(m="den", f="di
          "A": dict(m="den {}en", f="die {}e", n="das {}e"), "N": dict(m="{}er", f="{}e", n="{}es")}
 
 
-def german(text):
-    """The German translation of a command, a digit string or a string of names, as a synchronous grammar has it: with its own word
-    order, articles, cases and endings. None for what has no fluent translation: letters and words at random."""
+def translations(text):
+    """The German wordings of a command, a digit string or a string of names, as a synchronous grammar has them: with their own word
+    order, articles, cases and endings. [] for what has no fluent translation: letters and words at random."""
     words = text.split()
-    for english, template in COMMANDS:
+    for english, *wordings in COMMANDS:
         names = english.split()
         if len(names) == len(words) and all(word in SLOTS.get(name, [name]) for name, word in zip(names, words)):
-            said = {}                                              # the words of each slot, in their order
-            for name, word in zip(names, words):
-                said.setdefault(name, []).append(word)
-            return german_command(template, said)
+            return [german_command(wording, zip(names, words)) for wording in wordings]
     if any(set(words) <= set(GROUPS[group]) for group in ("digits", "names")):
-        return " ".join(GERMAN_WORDS.get(word, word) for word in words)
-    return None
+        return [" ".join(GERMAN_WORDS.get(word, word) for word in words)]
+    return []
 
 
-def german_command(template, said):
-    """Fills the slots of a German command with what is said (slot: English words), each word used once."""
-    out = []
+def german(text):
+    """One of the `translations`, by a hash of the sentence, so that no model can tell which; None where there is none."""
+    wordings = translations(text)
+    return wordings[zlib.crc32(f"{text} in German".encode()) % len(wordings)] if wordings else None
+
+
+def german_command(template, spoken):
+    """Fills the slots of a German command with what is spoken, (slot, English word) pairs, each word used once, in their order."""
+    out, said = [], {}
+    for name, word in spoken:
+        said.setdefault(name, []).append(word)
     for token in template.split():
         names, _, form = token.partition(":")
         *colour, word = [said[name].pop(0) if name in SLOTS else name for name in names.split("+")]
@@ -157,7 +175,7 @@ def german_command(template, said):
             gender, word = GERMAN_NOUNS[word]
             out.append(FORMS[form][gender].format(*(GERMAN_WORDS[c] for c in colour)))
         out.append(GERMAN_WORDS.get(word, word))
-    text = " ".join(out).replace("eins uhr", "ein uhr")
+    text = " ".join(out).replace(" ~", "").replace("eins uhr", "ein uhr")
     return re.sub(r"\b(in )?eins (minute|stunde)n", lambda one: ("in einer " if one[1] else "eine ") + one[2], text)
 
 

@@ -2053,21 +2053,36 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
 
 def test_german_translations_and_answers():
     """Word order, cases and endings by hand; every command translates, what is at random does not; answers hold their fact."""
-    for english, german in (("turn off the lamp in the kitchen", "schalte die lampe in der küche aus"),
-                            ("turn on the alarm for will", "schalte den wecker für will ein"),
-                            ("set timer for one minutes", "stelle den timer auf eine minute"),
-                            ("stop the timer in one hours", "halte den timer in einer stunde an"),
-                            ("set alarm for one", "stelle den wecker auf ein uhr"), ("play song one", "spiele lied eins"),
-                            ("send ann the message today", "sende ann heute die nachricht"),
-                            ("look at the red pen", "sieh dir den roten stift an"),
-                            ("blue ship and green cat", "blaues schiff und grüne katze"),
-                            ("close the garage in the bedroom", "schließe die garage im schlafzimmer"), ("one ten", None),
-                            ("seven zero", "sieben null"), ("tom ann", "tom ann"), ("a b", None), ("lamp on the", None)):
-        assert data.german(english) == german
+    for english, *german in (
+            ("turn off the lamp in the kitchen", "schalte die lampe in der küche aus", "die lampe in der küche ausschalten",
+             "kannst du die lampe in der küche ausschalten"),
+            ("turn on the alarm for will", "schalte den wecker für will ein", "den wecker für will einschalten",
+             "kannst du den wecker für will einschalten"),
+            ("set timer for one minutes", "stelle den timer auf eine minute", "den timer auf eine minute stellen",
+             "kannst du den timer auf eine minute stellen"),
+            ("stop the timer in one hours", "halte den timer in einer stunde an", "den timer in einer stunde anhalten",
+             "stoppe den timer in einer stunde"),
+            ("set alarm for one", "stelle den wecker auf ein uhr", "den wecker auf ein uhr stellen", "weck mich um ein uhr"),
+            ("play song one", "spiele lied eins", "lied eins spielen", "spiel das lied eins"),
+            ("send ann the message today", "sende ann heute die nachricht", "ann heute die nachricht senden",
+             "schick ann heute die nachricht"),
+            ("look at the red pen", "sieh dir den roten stift an", "schau dir den roten stift an", "den roten stift ansehen"),
+            ("close the garage in the bedroom", "schließe die garage im schlafzimmer", "die garage im schlafzimmer schließen",
+             "mach die garage im schlafzimmer zu"),
+            ("open the door and close the gate", "öffne die tür und schließe das tor", "die tür öffnen und das tor schließen",
+             "mach die tür auf und das tor zu"),
+            ("blue ship and green cat", "blaues schiff und grüne katze"), ("one ten",), ("seven zero", "sieben null"),
+            ("tom ann", "tom ann"), ("a b",), ("lamp on the",)):
+        assert data.translations(english) == german
+        assert data.german(english) in (german or [None])
     rng = np.random.default_rng(0)
-    for template, _ in data.COMMANDS:
+    for template, *_ in data.COMMANDS:
         text = " ".join(str(rng.choice(data.SLOTS[w])) if w in data.SLOTS else w for w in template.split())
-        assert not set(data.german(text).split()) & {*data.SLOTS, "the", "in the"}, text
+        for wording in data.translations(text):
+            assert not set(wording.split()) & {*data.SLOTS, "the", "in the"} and "~" not in wording, text
+    taken = [data.translations(text).index(data.german(text)) for text in
+             (f"turn {a} the {b} for {c}" for a in ("on", "off") for b in data.SLOTS["DEVICE"] for c in data.SLOTS["NAME"])]
+    assert min(np.bincount(taken, minlength=3)) > 50, "210 sentences, a third in each wording"
     assert ("which room is meant", "it is the kitchen") in data.questions("turn off the lamp in the kitchen")
     assert ("how many digits are there", "there are three digits") in data.questions("one two nine")
     for text, asked in (("open the garage for anna", ["who is named", "what is opened"]),
