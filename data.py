@@ -1,8 +1,9 @@
 """Data: an endless made-up spoken corpus, and a reader for recorded corpora.
 
 The made-up corpus is English from a small grammar, spoken by a formant synthesiser in many voices, under three conditions: `clean`,
-`hard` (noise, quick odd voices, unguessable text) and `ood` (never trained on: echo, babble, long stretches without speech, voices out
-of the training range). It needs no download and no disk: `utterance(split, index)` makes an item whenever asked, the same every time.
+`hard` (noise, quick odd voices, unguessable text) and `ood` (echo, babble, long stretches without speech, voices out of the training
+range; never trained on as such, one part of it alone by --domain). It needs no download and no disk: `utterance(split, index)` makes an
+item whenever asked, the same every time.
 Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 
     python data.py --listen DIR           write some utterances of each condition as wav, print a table
@@ -31,9 +32,11 @@ LONGEST_SECONDS = 60                         # of recorded speech: attention's m
 SPLITS = ("train", "dev", "test")            # 80, 10 and 10% of all sentences; none is in two
 VOICES = {"train": 400, "dev": 40, "test": 40, "ood": 40, "babble": 40}  # speakers; no voice is in two of these pools
 HARD_SHARE = 0.7                             # share of hard items in train; the others are clean
-SNR = {"clean": (20.0, 40.0), "hard": (-6.0, 8.0), "ood": (6.0, 20.0)}  # dB, where somebody speaks; the knob for how hard `hard` is
+SNR = {"clean": (20.0, 40.0), "ood": (6.0, 20.0), "hard": (-6.0, 8.0)}  # dB, where somebody speaks; hard's is the knob for how hard it is
 STRETCH = {"hard": ((0.2, 0.8), 0.4), "ood": ((0.8, 2.5), 0.5), "pauses": ((0.8, 2.5), 1.0)}  # s without speech; chance at each of 3 places
-VIEWS = {False: ((0.88, 1.12), (3.0, 25.0)), True: ((0.8, 1.25), (-5.0, 10.0))}  # of recorded speech, by `hard`: times the speed; dB
+VIEW = dict(speed=(0.88, 1.12), snr=(3.0, 25.0))                   # of recorded speech: times its speed; dB of the noise
+HARD_VIEW = dict(speed=(0.8, 1.25), snr=(-5.0, 10.0))              # the same for GRPO and its control
+LOOKED_UP = 100_000                          # audio files of a manifest that are looked up; a million would take minutes on a network disk
 OOD_PARTS = ("far", "babble", "pauses")      # of ood, alone, in ordinary voices
 CONDITIONS = (None, "clean", "hard", "ood", *OOD_PARTS)
 
@@ -69,8 +72,9 @@ LEXICON = {word: phones for words in LEXICON_TABLES.values() for word, phones in
 RANDOM_WORDS = [w for w in LEXICON if w not in {"for", "the"}]       # not what sounds like another (four) or is weak
 WEAK = set("the in for at and is".split())                         # spoken shorter, without a pitch accent
 # Each command has 15 forms and more: of one with two, the form that falls to test would be a tenth of all test sentences.
-# Beside it its German in up to three wordings, as translators differ. There :FORM asks for a row of FORMS; SWITCH and UPDOWN are verb
-# prefixes and go last; what follows ~ is written on to the word before.
+# Beside it its German in up to three wordings, as translators differ: with one alone RL would have nothing to choose. There
+# :FORM asks for a row of FORMS ("look at the red pen": COLOUR+OBJECT:A is FORMS["A"]["m"] with "rot", and "stift": "den roten stift");
+# SWITCH and UPDOWN are verb prefixes; what follows ~ is written on to the word before ("SWITCH ~schalten": "einschalten").
 COMMANDS = """turn SWITCH the DEVICE in the ROOM | schalte DEVICE:a ROOM:d SWITCH | DEVICE:a ROOM:d SWITCH ~schalten
         | kannst du DEVICE:a ROOM:d SWITCH ~schalten
     turn SWITCH the DEVICE for NAME | schalte DEVICE:a für NAME SWITCH | DEVICE:a für NAME SWITCH ~schalten
@@ -137,8 +141,8 @@ GERMAN_NOUNS = table("""light n licht;lights p lichter;lamp f lampe;fan m ventil
     kitchen f küche;bedroom n schlafzimmer;garage f garage;office n büro;door f tür;window n fenster;gate n tor;pin f nadel
     pen m stift;bat m schläger;cat f katze;sheep n schaf;ship n schiff;music f musik;news p nachrichten;song n lied
     message f nachricht""")
-# What stands before a noun, by its gender or p, plural: the article in the nominative, in the accusative, in the dative after "in";
-# article and colour in the accusative; the colour alone in the nominative.
+# What stands before a noun, by its gender or p, plural. n, a, d: the article in the nominative, in the accusative, in the dative after
+# "in"; with a colour, A: article and colour in the accusative, N: the colour alone in the nominative.
 FORMS = {"n": dict(m="der", f="die", n="das", p="die"), "a": dict(m="den", f="die", n="das", p="die"),
          "d": dict(m="im", f="in der", n="im", p="in den"),
          "A": dict(m="den {}en", f="die {}e", n="das {}e"), "N": dict(m="{}er", f="{}e", n="{}es")}
@@ -211,7 +215,7 @@ def questions(text):
     free-form, as LibriSQA's: a hash of sentence and question chooses one of three wordings, so that no model can tell which."""
     words = text.split()
     kind = next((group for group in ("digits", "letters", "names") if set(words) <= set(GROUPS[group])), "words")
-    count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"
+    count = SLOTS["NUMBER"][len(words) - 1] if len(words) <= 10 else "many"    # they begin with one, two, .. ten
     asked = [(f"what is the {place} of the {kind}",
               f"the {place} of the {kind} is _;_ is the {place} of the {kind};the {place} one is _", word)
              for place, word in (("first", words[0]), ("last", words[-1]))]
@@ -689,14 +693,9 @@ def load_audio(path):
     if len(x) == 0 or not np.isfinite(x).all():
         die(f"{path}: holds {'no samples' if len(x) == 0 else 'samples that are not numbers'}; "
             "convert it again, or take it out of the manifest")
-    not_too_long(len(x) / rate, path)
+    if len(x) / rate > LONGEST_SECONDS:      # and its manifest did not say so, or read_data would have left it out
+        die(f"{path}: {len(x) / rate:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
     return resample(x.mean(1), rate, SAMPLE_RATE)
-
-
-def not_too_long(seconds, path):
-    """Ends the program at audio that is over LONGEST_SECONDS but did not say so (read_data would have left it out)."""
-    if seconds > LONGEST_SECONDS:
-        die(f"{path}: {seconds:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
 
 
 def lines_of(path, parse, form):
@@ -779,7 +778,7 @@ def read_data(path, deal=True):
     else:
         lines = librispeech_lines(root)
     folder = os.path.dirname(os.path.abspath(manifest))
-    items = [checked(item, where, folder, i < 100_000) for i, (where, item) in enumerate(lines)]   # past 100,000, no file is looked up
+    items = [checked(item, where, folder, i < LOOKED_UP) for i, (where, item) in enumerate(lines)]
     if not items:
         die(f"{path}: {'no utterances in it' if root.exists() else 'no such file or folder'}; "
             "give a manifest (.jsonl or .json), its folder or a LibriSpeech tree (with *.trans.txt), one line for each utterance")
@@ -789,7 +788,7 @@ def read_data(path, deal=True):
                 f"over {LONGEST_SECONDS} s long; cut them into shorter pieces")
         print(said, file=sys.stderr) if len(long) < len(items) else die(said)
         items = [item for item in items if item["duration"] <= LONGEST_SECONDS]
-    share = lambda key: zlib.crc32(key.encode()) / 2 ** 32          # in [0, 1), the same for ever
+    share = lambda key: zlib.crc32(key.encode(errors="replace")) / 2 ** 32          # in [0, 1), the same for ever
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
     splits = {}
     for item in items:
@@ -814,7 +813,7 @@ class Recorded:
     def __init__(self, path, seed, task="asr", lang="de", views=1, train=True):
         self.seed, self.task, self.views = seed, task, views
         found = read_data(path, deal=train)
-        self.data = {name: [posed for item in items if (posed := pose(item, task, lang))] for name, items in found.items()}
+        self.data = {name: [item for item in items if pose(item, task, lang)] for name, items in found.items()}
         total, kept = (sum(map(len, splits.values())) for splits in (found, self.data))
         need = {"ast": f'"translation" into {lang}', "sqa": '"question" and "answer"'}.get(task)
         if not kept:
@@ -823,9 +822,9 @@ class Recorded:
             print(f"{path}: {total - kept} of {total} utterances are left out: --task {task} needs {need}", file=sys.stderr)
         self.sets = {name: len(items) for name, items in self.data.items() if items and not (train and name == "train")}
         self.tests = [name for name in self.sets if not (train and name == "dev")] or ["dev"]
-        train = self.data.setdefault("train", [])
-        self.seconds = np.array([item["duration"] for item in train])
-        self.by_lexicon = all(word in LEXICON for item in train for word in re.findall(r"[\w']+", item["text"].lower()))
+        trained = self.data.setdefault("train", [])
+        self.seconds = np.array([item["duration"] for item in trained])
+        self.by_lexicon = all(word in LEXICON for item in trained for word in re.findall(r"[\w']+", item["text"].lower()))
         self.contents = 0                    # a number for what is in it: runs on other contents are other runs
         for name, items in self.data.items():
             for item in items:
@@ -873,16 +872,16 @@ class Recorded:
 
 
 def noisy_view(audio, rng, hard=False):
-    """Another take of the same utterance: quicker or slower (pitch and formants move along, as from another speaker)
-    and, two times in three, in noise. `hard` goes further in both, always with noise: GRPO learns nothing from an
+    """Another take of the same utterance: quicker or slower (pitch and formants move along, as from another speaker) and, two times in
+    three, in noise, over the faint noise that all have. `hard` goes further in both, always with noise: GRPO learns nothing from an
     utterance whose transcripts are all alike. float32 (n,) -> (n',)"""
     if not audio.any():                      # digital silence has no level to set a noise against
         return audio
-    speed, snr = VIEWS[hard]
-    n = max(2, int(len(audio) / rng.uniform(*speed)))
+    view = HARD_VIEW if hard else VIEW
+    n = max(2, int(len(audio) / rng.uniform(*view["speed"])))
     audio = np.interp(np.linspace(0, len(audio) - 1, n), np.arange(len(audio)), audio).astype(np.float32)
     if hard or rng.random() < 0.67:
-        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*snr))
+        audio = mix(audio, uneven_noise(n, rng), rng.uniform(*view["snr"]))
     return degrade(audio, "clean", rng)
 
 

@@ -1,7 +1,7 @@
 """The examiner: word error rates with Ins/Del/Sub and bootstrap intervals, by set and by language; single files too.
 
     python eval.py --ckpt runs/embedded-0/grpo-wer                          # the embedded test sets
-    python eval.py --ckpt runs/digit_strings-0/grpo-wer --data ../shared/speech/digit_strings --beam 4
+    python eval.py --ckpt runs/embedded-0/grpo-wer --data PATH --beam 4     # recorded speech
     python eval.py --ckpt runs/embedded-0/grpo-wer --against runs/embedded-0/speech      # the two, pairwise
     python eval.py --ckpt runs/embedded-0/grpo-wer my.wav                   # what does it hear?
     python eval.py --table 2 --run                                          # a paper's table in miniature: 2 3 4 sqa ast rewards rba
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames, spec_augment
-from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, SpeechLM, beam_search, generate, linear, train_tokenizer
+from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, LlamaConfig, SpeechLM, beam_search, generate, linear, train_tokenizer
 from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu, word_error_rate
 
 
@@ -61,8 +61,8 @@ def keep_pages():
     the first touch of each page is a fault: with a 29M decoder that was a tenth of a learning phase's time (LOG.md, "eleventh")."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: left as it is
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: smaller ones come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+        if mallopt(-3, 2**30):      # M_MMAP_THRESHOLD: smaller ones come from the heap (an older glibc takes 32 MB at the most, and no)
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
 
 
 def autocast(device):
@@ -109,7 +109,8 @@ def load_model(path, device="cpu"):
     if not os.path.exists(path):
         data.die(f"{path}: no such checkpoint; give a folder under runs/ that holds best.pt, or a .pt file")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)
+        with torch.serialization.safe_globals([EncoderConfig, LlamaConfig]):  # and no other code that a stranger's file may name
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         config = os.path.join(os.path.dirname(path), "config.json")
         if "run" in saved and os.path.exists(config) and saved["run"] != read_json(config):
             raise ValueError("it is of another run than the config.json beside it")
@@ -123,7 +124,7 @@ def load_model(path, device="cpu"):
 
 FEATURES = os.path.join("runs", "features")  # 115 MB an hour of speech
 # What makes features is part of their key, with its code: whoever changes a line of it hears new features, not the old ones.
-MAKERS = log_mel, mel_filters, n_frames, length_mask, data.load_audio, data.not_too_long, data.resample
+MAKERS = log_mel, mel_filters, n_frames, length_mask, data.load_audio, data.resample
 RECIPE = (SAMPLE_RATE, WINDOW, HOP, N_FFT, *map(inspect.getsource, MAKERS))
 
 
@@ -329,7 +330,7 @@ def change(a, b):
 def print_table(name, task, refs, hyps, bases=()):
     """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`. Returns the
     figures, as result.json holds them."""
-    names, entry, drawn = columns(task), {}, {}
+    names, entry, drawn, last = columns(task), {}, {}, list(hyps)[-1]
     print(f"\n{name}: {len(refs)} utterances\n{'':<26}" + "".join(f"{c:>7}" for c in names) + f"   95% interval of the {names[0]}")
     for model, rows in hyps.items():
         drawn[model] = draws(counts_of(task, refs, rows))
@@ -337,9 +338,9 @@ def print_table(name, task, refs, hyps, bases=()):
         entry[model] = {**summary(task, refs, rows), "interval": [low, high]}
         print(f"{model:<26}" + "".join(f"{entry[model][c.lower()]:7.2f}" for c in names) + f"   [{low:.2f}, {high:.2f}]")
     for base in bases:
-        by, (low, high) = change(drawn[base], drawn[model])
-        print(f"from {base} to {model}: {by:+.1f}% [{low:+.1f}, {high:+.1f}] of the {names[0]}, relative, paired bootstrap")
-        entry[model][f"against {base}"] = {"relative_change": by, "interval": [low, high]}
+        by, (low, high) = change(drawn[base], drawn[last])
+        print(f"from {base} to {last}: {by:+.1f}% [{low:+.1f}, {high:+.1f}] of the {names[0]}, relative, paired bootstrap")
+        entry[last][f"against {base}"] = {"relative_change": by, "interval": [low, high]}
     return entry
 
 
@@ -473,8 +474,9 @@ def kept_transcripts(folder, name, args, ears):
     corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
     if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
         found = read_json(file)
-        same = found["refs"] == [item["target"] for item in corpus.data[test]] if source else len(found["refs"]) == args.test_size
-        if found["data"] == source and same:
+        now = [item["target"] for item in corpus.data[test]] if source else [corpus.item(test, i)["target"] for i in range(2)]
+        long = len(now) if source else args.test_size  # of the made-up corpus two tell whether it is still the same
+        if found["data"] == source and found["refs"][:len(now)] == now and len(found["refs"]) == long:
             return found["refs"], found["hyps"]
     model = load_model(folder, pick_device(args.device))
     heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test)
@@ -507,7 +509,7 @@ def print_paper_table(args):
             script, *flags = shlex.split(command)
             done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
             if done.returncode:
-                data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+                data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
     compared = (args.metric or names[0]) + " (on voices: Agree)" * ("voices" in table["sets"])
     print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {compared}, with the 95% interval "
@@ -821,9 +823,9 @@ def examine(args):
 def check_arguments(args, defaults):
     """Ends the program where a number is none, or where flags do not go together."""
     for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
-        value = getattr(args, key)
-        if value is not None and not least <= value < 2**32:
-            data.die(f"--{key.replace('_', '-')} {value}: {least} at the least")
+        value, most = getattr(args, key), 1 if key == "top_p" else 2**32 - 1
+        if value is not None and not least <= value <= most:
+            data.die(f"--{key.replace('_', '-')} {value}: give {least} to {most}")
     unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "--ckpt")
     if args.table:
         unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "--table")

@@ -201,18 +201,18 @@ def gather_rollouts(model, supply, args, device, log):
     """One optimiser step's groups: a list of (frames, lengths, instructions, tokens, n, advantages, varied) per batch that was drawn.
 
     These are --accumulate batches of --prompts. With dynamic sampling (DAPO), more are drawn until as many groups vary, over all
-    processes, as that would be; --max-draws times as many at most.
+    processes, as that would be; --max-draws times as many at most. Groups that vary beyond that number are learned from, too.
     """
-    parts, rewards_, lengths_, cut, groups, kept_total = [], [], [], [], 0, 0
+    parts, figures = [], np.zeros(6)  # over the samples: sums of reward, length and truncation, their number; groups that vary; groups
+    own = args.G - (args.off_policy == "reference")  # what is logged is about samples
     for draw in range(args.accumulate * (args.max_draws if args.dynamic_sampling else 1)):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):
             tokens, n, rewards, hyps = rollout(model, frames, lengths, items, args.reward, args)
         punished = overlong(n, args.max_new, args.overlong).view(rewards.shape) if args.overlong else 0
-        own = args.G - (args.off_policy == "reference")  # logged are reward, length and truncation without it
-        rewards_.append((rewards - punished)[:, :own])
-        lengths_.append(n.view(-1, args.G)[:, :own].flatten())
-        cut.append(tokens.gather(1, n[:, None] - 1).view(-1, args.G)[:, :own] != EOS)  # no room left for its <EOS>
+        cut = tokens.gather(1, n[:, None] - 1) != EOS  # no room left for its <EOS>
+        sums = [float(x.view(rewards.shape)[:, :own].sum()) for x in (rewards - punished, n, cut)]
+        samples = rewards[:, :own].numel()
         if args.algo in RBA:
             targets = sft.targets_of(model, [item["target"] for item in items], device)
             same = [hyp == normalize(item["target"]) for hyp, item in zip(hyps, items)]  # in words: y_l may be other pieces of them
@@ -225,14 +225,12 @@ def gather_rollouts(model, supply, args, device, log):
             if args.dynamic_sampling:
                 _, varied = group_advantages(rewards)  # DAPO filters by what is right, not by length
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
-        groups, kept_total = groups + len(varied), kept_total + int(varied.sum())
+        figures += *sums, samples, int(varied.sum()), len(varied)
         if args.dynamic_sampling and draw + 1 >= args.accumulate:
-            if sft.summed([kept_total], device)[0] >= args.prompts * args.accumulate * sft.world():
+            if sft.summed(figures[4:5], device)[0] >= args.prompts * args.accumulate * sft.world():
                 break
-    rewards, n, cut = torch.cat(rewards_), torch.cat(lengths_), torch.cat(cut)
-    figures = [float(rewards.sum()), rewards.numel(), float(n.sum()), n.numel(), float(cut.sum()), cut.numel(), kept_total, groups]
-    reward, rewards, length, n, cut, cuts, kept_total, groups = sft.summed(figures, device)
-    log.update(reward=reward / rewards, zero_variance=1 - kept_total / groups, draws=len(parts), length=length / n, truncated=cut / cuts)
+    reward, length, cut, samples, vary, groups = sft.summed(figures, device)
+    log.update(reward=reward / samples, zero_variance=1 - vary / groups, draws=len(parts), length=length / samples, truncated=cut / samples)
     return parts
 
 
@@ -340,7 +338,7 @@ def train(args, corpus):
     start = os.path.join("runs", args.name, "speech")
     row = sft.open_run(folder, config, remedy)
     if row["step"] == args.steps:
-        return folder
+        return sft.reused(folder)
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
     read = lambda: sft.shard(load_model(start), device) if args.shard else load_model(start, device)
@@ -371,36 +369,51 @@ def train(args, corpus):
     return folder
 
 
-def update(model, reference, opts, parameters, parts, args, row, step, device):
-    """--updates optimiser steps on one step's groups; fills `row` with what to log."""
-    # A group without variance has no gradient but the KL's; without a KL it needs no backward pass. It still counts in
-    # the denominators, unless dynamic sampling has thrown it out: skipping what is zero changes no gradient.
+def pieces_of(parts, args, config, device):
+    """One step's groups, cut into pieces of --micro utterances for a backward pass each; how many sequences count, and their tokens.
+
+    A piece: frames, lengths, instructions, tokens (N, T), n, advantages, off (N,), as policy_loss has them. A group without variance has
+    no gradient but the KL's; without a KL it needs no backward pass. It still counts in the denominators, unless dynamic sampling has
+    thrown it out: skipping what is zero changes no gradient.
+    """
     pieces, n_sequences, n_tokens = [], 0, 0
     for frames, lengths, asked, tokens, n, advantages, varied in parts:
-        counted = varied if args.dynamic_sampling else torch.ones_like(varied)
         G = len(n) // len(frames)
+        counted = varied if args.dynamic_sampling else torch.ones_like(varied)
         n_sequences += int(counted.sum()) * G
         n_tokens += int((n.view(-1, G).sum(1) * counted).sum())
         keep = counted if args.ce or (args.beta and args.algo not in RBA) else varied
-        micro = args.micro or micro_batch(getattr(model, "module", model).llm.config, frames.shape[1], G, tokens.shape[1], device)
+        micro = args.micro or micro_batch(config, frames.shape[1], G, tokens.shape[1], device)
         for rows in keep.nonzero()[:, 0].split(micro) if keep.any() else ():
             each = (rows[:, None] * G + torch.arange(G, device=device)).flatten()
             off = each % G == G - 1 if args.off_policy == "reference" else None
-            pieces.append([frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
-                           advantages[rows].flatten(), off, None])
-    n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, len(pieces)), device)
-    n_real = len(pieces)
-    if sft.world() > 1:  # DDP exchanges in the last backward pass, FSDP in each, so all need as many: some of nothing
-        most = max(int(m) for m in sft.summed([len(pieces) * (r == sft.rank()) for r in range(sft.world())], device))
-        frames, lengths, asked, tokens, n, advantages, _ = parts[-1]
-        G = len(n) // len(frames)
-        nothing = [frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None, None]
-        pieces += [[*nothing] for _ in range(most - len(pieces))]
+            pieces.append((frames[rows], lengths[rows], [asked[i] for i in rows.tolist()], tokens[each], n[each],
+                           advantages[rows].flatten(), off))
+    return pieces, n_sequences, n_tokens
+
+
+def idle_pieces(parts, mine, device):
+    """Pieces of no weight for a process with fewer than another: DDP exchanges gradients in the last backward pass and FSDP in each, so
+    all processes need as many."""
+    if sft.world() == 1:
+        return []
+    most = max(int(m) for m in sft.summed([mine * (r == sft.rank()) for r in range(sft.world())], device))
+    frames, lengths, asked, tokens, n, advantages, _ = parts[-1]
+    G = len(n) // len(frames)
+    return [(frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None)] * (most - mine)
+
+
+def update(model, reference, opts, parameters, parts, args, row, step, device):
+    """--updates optimiser steps on one step's groups; fills `row` with what to log."""
+    pieces, n_sequences, n_tokens = pieces_of(parts, args, getattr(model, "module", model).llm.config, device)
+    mine = len(pieces)
+    n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, mine), device)
+    pieces += idle_pieces(parts, mine, device)
+    olds = [None] * len(pieces)  # of each piece log pi_old: the policy that wrote the rollout is this one, before its first update
     model.train()
-    for u in range(args.updates):
-        figures = np.zeros(5)
-        for i, piece in enumerate(pieces):
-            frames, lengths, asked, tokens, n, advantages, off, old = piece
+    for _ in range(args.updates):
+        figures = np.zeros(5)  # sums over the tokens that are learned from: loss, held by the clip, k3, entropy, their number
+        for i, (frames, lengths, asked, tokens, n, advantages, off) in enumerate(pieces):
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
 
@@ -414,16 +427,16 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 if reference is not None:
                     with torch.no_grad():
                         ref, _ = reference(logps_of)
-            if u == 0:
-                old = piece[-1] = logp.detach()  # pi_old is the policy that wrote the rollout: this one, before its first update
+            olds[i] = logp.detach() if olds[i] is None else olds[i]
             if args.algo in RBA:
-                pairs = n_sequences / G
-                loss, held = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / pairs, 0
+                G = len(n) // len(frames)
+                loss = dpo_loss(logp, ref, mask, advantages.view(-1, G)[:, 0], args.beta, args.ce) / (n_sequences / G)
+                held = 0
             else:
                 weight = token_weight(args.loss_norm, n, n_sequences, n_tokens, args.max_new)
-                loss, held = policy_loss(logp, old, ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
+                loss, held = policy_loss(logp, olds[i], ref, advantages, mask, weight, args.beta, args.eps_low, args.eps_high, off,
                                          args.shaping)
-            real = float(i < n_real)
+            real = float(i < mine)
             (loss * (real * sft.world())).backward()  # a sum over the processes, of which DDP and FSDP take the mean
             with torch.no_grad():
                 kl = k3(ref, logp, mask).sum() if ref is not None else 0
@@ -433,7 +446,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
     if args.shard and reference is not None and pieces:
         reference.reset_iter_state()
-    loss, held, kl, entropy, seen = sft.summed(figures, device)  # of the groups that are learned from
+    loss, held, kl, entropy, seen = sft.summed(figures, device)
     row.update(loss=loss, grad_norm=float(norm), clip=held / max(1, seen), kl=kl / seen if reference is not None and seen else None,
                entropy=entropy / seen if seen else None)  # None: not measured
 

@@ -339,6 +339,13 @@ def open_run(folder, config, remedy="--name"):
     return row
 
 
+def reused(folder):
+    """Says that a stage is not trained again: its config is the same, but the code may have been changed. Returns the folder."""
+    if rank() == 0:
+        print(f"{folder}: trained by an earlier call, reused; after a change of the code remove it, or give another name", file=sys.stderr)
+    return folder
+
+
 def last_state(folder, config):
     """What last.pt holds, each tensor read when it is looked at. One that is damaged or of another config ends the program."""
     path = os.path.join(folder, "last.pt")
@@ -809,7 +816,7 @@ def run_stage(stage, args, corpus, ahead=()):
         wait()
         return folder
     if row["step"] == steps:
-        return folder
+        return reused(folder)
     first, seed = row["step"], args.seed * 10 + ORDER.index(stage)
     torch.manual_seed(seed)
     device = pick_device(args.device)

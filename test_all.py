@@ -2817,7 +2817,8 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
         return [{"target": f"{corpus.where} {corpus.seed}"}] * corpus.size
 
     def open_corpus(path, seed, size, task, lang):
-        return argparse.Namespace(where=path, seed=seed, size=size, data={"test": [{"target": f"{path} {seed}"}] * size})
+        item = {"target": f"{path} {seed}"}
+        return argparse.Namespace(where=path, seed=seed, size=size, data={"test": [item] * size}, item=lambda name, i: item)
 
     monkeypatch.setattr(data, "open_corpus", open_corpus)
     monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
@@ -2833,6 +2834,8 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     assert heard == [(None, 3, "clean"), (None, 4, "clean")]
     ears.clear()
     assert len(kept(folders[0], "clean", 5)) == 5 and len(heard) == 3
+    eval_module.keep_transcripts(str(folders[1]), "clean", None, ["of an older synthesiser or grammar"] * 5, ["x"] * 5)
+    assert kept(folders[1], "clean", 5) == ["None 3"] * 5
     for where in ("/x/corpus", "/y/corpus", "/y/corpus"):
         assert kept(folders[0], f"test@{where}") == [f"{where} 3"] * 2
     assert heard[3:] == [("/x/corpus", 3, "test"), ("/y/corpus", 3, "test")]
