@@ -57,12 +57,13 @@ def pick_device(name=None):
 
 
 def keep_pages():
-    """Has glibc's malloc keep what is freed for the next tensor. By default each tensor of over 32 MB gets new pages from the system, and
-    the first touch of each page is a fault: with a 29M decoder that was a tenth of a learning phase's time (LOG.md, "eleventh")."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library: left as it is
+    """Has glibc's malloc keep what is freed for the next tensor; whether it agrees. By default each tensor of over 32 MB gets new pages
+    from the system, and the first touch of each page is a fault, a tenth of a 29M decoder's learning (LOG.md, "eleventh: speed")."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(-3, 2**30):      # M_MMAP_THRESHOLD: smaller ones come from the heap (an older glibc takes 32 MB at the most, and no)
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is not given back
+        # M_MMAP_THRESHOLD, smaller ones come from the heap (an old glibc refuses more than 32 MB); M_TRIM_THRESHOLD, it is not given back
+        return bool(mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1))
+    return False
 
 
 def autocast(device):
@@ -875,7 +876,8 @@ def main():
     p.add_argument("--show", type=int, default=3, help="examples printed for each set")
     p.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     args = p.parse_args()
-    keep_pages()
+    if args.engine in (None, "earshot"):  # the peers run as their users run them
+        keep_pages()
     if args.bench:
         device = pick_device(args.device)
         which = args.bench if args.bench != "all" else "ABCD" if device.type == "cuda" else "ABC"
