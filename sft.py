@@ -54,7 +54,7 @@ import data
 from encoder import EncoderConfig, length_mask, spec_augment
 from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, keep_pages, limits, listen, load_model, loader,
                   micro_batch, pick_device, read_json, read_log, shortfall, transcribe, write_json)
-from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, SpeechLM, generate, load_tokenizer, right_pad,
+from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
 
@@ -147,7 +147,7 @@ def leave_processes():
 def summed(numbers, device):
     """Numbers, each summed over the processes."""
     if world() == 1:
-        return list(numbers)
+        return [float(x) for x in numbers]
     total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
@@ -350,7 +350,8 @@ def last_state(folder, config):
     """What last.pt holds, each tensor read when it is looked at. One that is damaged or of another config ends the program."""
     path = os.path.join(folder, "last.pt")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        with torch.serialization.safe_globals([EncoderConfig, LlamaConfig]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["run"] == config:
             return state
         fault = "it is of a run with other settings"
