@@ -741,8 +741,14 @@ def pairs_a_second(N):
         import sacrebleu
         scorers["sacreBLEU"] = lambda ref, hyp: sacrebleu.sentence_bleu(hyp, [ref]).score
     rng = np.random.default_rng(0)
-    pairs = [[" ".join(rng.choice(["one", "two", "three", "four"], 12)) for _ in range(2)] for _ in range(N)]
-    return {name: N / clock(lambda: [score(*pair) for pair in pairs], torch.device("cpu")) for name, score in scorers.items()}
+    text = lambda: " ".join(rng.choice(["one", "two", "three", "four"], 12))
+    rounds = [[(text(), text()) for _ in range(N)] for _ in range(4)]          # new ones for each of clock's: ours remembers texts
+
+    def speed(score):
+        turn = iter(rounds)
+        return N / clock(lambda: [score(*pair) for pair in next(turn)], torch.device("cpu"))
+
+    return {name: speed(score) for name, score in scorers.items()}
 
 
 def bench(shapes, device):
