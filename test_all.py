@@ -1653,6 +1653,7 @@ def test_main_job_in_miniature(tmp_path):
         for name in ("config.json", "metrics.jsonl", "last.pt", "best.pt"):
             assert (run / stage / name).exists()
         assert [json.loads(line)["step"] for line in open(run / stage / "metrics.jsonl")]
+        eval_module.load_model(str(run / stage / "last.pt"))                   # a checkpoint as best.pt is, of plain values and tensors
     row = json.loads(open(run / RL / "metrics.jsonl").readline())
     assert {"reward", "zero_variance", "clip", "kl", "entropy", "length", "truncated", "grad_norm", "loss"} <= row.keys()
     result = json.load(open(run / RL / "result.json"))
@@ -2040,7 +2041,7 @@ def test_two_processes_are_one_with_twice_the_batches(tmp_path, monkeypatch):
         for stage in stages:
             a, b = (eval_module.read_log(run / "runs" / "embedded-0" / stage) for run in (tmp_path, folder))
             for x, y in zip(a, b, strict=True):
-                near = all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 for k in x.keys() - {"seconds", "draws"})
+                near = all(x[k] == y[k] or abs(x[k] - y[k]) < (1e-5 if k == "loss" else 1e-4) for k in x.keys() - {"seconds", "draws"})
                 assert x.keys() == y.keys() and near, (stage, x, y)
 
     for folder, name in ((shared, "muon"), (sharded, "plain")):
