@@ -204,12 +204,17 @@ def _ngrams(text):
 
 def bleu_counts(ref, hyp):
     """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]: they add up over a corpus."""
-    (ref_length, wanted), (length, said) = _ngrams(ref), _ngrams(hyp)
-    matched = [0] * MAX_ORDER
-    for gram, times in said.items():
-        if gram in wanted:
-            matched[len(gram) - 1] += min(times, wanted[gram])  # clipped counts
-    return [ref_length, length, *(x for n, match in enumerate(matched) for x in (match, max(0, length - n)))]
+    (ref_length, wanted), tokens = _ngrams(ref), _tokenize_13a(hyp)
+    left, matched = dict(wanted), [0] * MAX_ORDER
+    for i in range(len(tokens)):
+        for n in range(min(MAX_ORDER, len(tokens) - i)):
+            gram = tuple(tokens[i:i + n + 1])
+            if gram not in left:  # then no longer one that begins here is there either: most of a wrong hypothesis is skipped
+                break
+            if left[gram]:        # clipped: no more often than in the reference
+                left[gram] -= 1
+                matched[n] += 1
+    return [ref_length, len(tokens), *(x for n, match in enumerate(matched) for x in (match, max(0, len(tokens) - n)))]
 
 
 def bleu_of(counts, effective_order):
