@@ -469,8 +469,9 @@ def set_and_source(name, own):
 
 
 def kept_transcripts(folder, name, args, ears):
-    """References and transcripts of a stage on a set (see set_and_source), greedy or with --temperature samples: those that are there, or
-    made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's stages share their encoder."""
+    """References and transcripts of a stage on a set (see set_and_source), greedy or with --temperature samples: those that are there, if
+    of the same corpus and data.py; else made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's
+    stages share their encoder."""
     config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
     test, source = set_and_source(name, config["data"])
     source = source and os.path.abspath(source)
@@ -499,6 +500,7 @@ def print_paper_table(args):
     task, rows, bases, names = table["task"], table["rows"], table["bases"], columns(table["task"])
     if args.metric and args.metric not in names:
         data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
+    made = rows  # in the order in which their stages stand on each other
     if args.against:
         bases, labels = [base.strip() for base in args.against.split(";")], [label for label, *_ in rows]
         if not set(bases) <= set(labels):
@@ -506,7 +508,7 @@ def print_paper_table(args):
         rows = sorted(rows, key=lambda row: row[0] not in bases)
     at = lambda folder, s: os.path.join("runs", folder.replace("{s}", s))
     missing = lambda: list(dict.fromkeys(f"grpo.py {flags.replace('{s}', s)} --seed {s}" for s in seeds
-                                         for _, folder, flags, _ in rows if not finished(at(folder, s))))
+                                         for _, folder, flags, _ in made if not finished(at(folder, s))))
     if args.run and missing():
         print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
         for command in tqdm(missing(), desc="runs"):
@@ -831,19 +833,21 @@ def examine(args):
 
 
 def check_arguments(args, defaults):
-    """Ends the program where a number is none, or where flags do not go together."""
+    """Ends the program where a number is out of range (or nan), or where flags do not go together."""
     for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
         value, most = getattr(args, key), 1 if key == "top_p" else 2**32 - 1
         if value is not None and not least <= value <= most:
             data.die(f"--{key.replace('_', '-')} {value}: give {least} to {most}")
-    unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "--ckpt")
+    unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "goes with --table alone")
     if args.table:
-        unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "--table")
+        unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "is not for --table")
     if args.table and not args.data:
-        unfit |= dict.fromkeys(["flags", "lang"], "--table without --data")
-    for key, mode in unfit.items():
+        unfit["flags"] = "goes with --table and --data"
+    if args.table and not (args.data and args.table == "ast"):
+        unfit["lang"] = "goes with --table ast and --data"
+    for key, why in unfit.items():
         if getattr(args, key) != defaults[key]:
-            data.die(f"--{key.replace('_', '-')}: is not for {mode}; leave it out")
+            data.die(f"{'audio files' if key == 'files' else '--' + key.replace('_', '-')}: {why}; leave out one of the two")
     if args.table == "rba" and args.data:
         data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
     if args.beam > 1 and args.temperature:

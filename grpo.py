@@ -201,10 +201,11 @@ def gather_rollouts(model, supply, args, device, log):
     """One optimiser step's groups: a list of (frames, lengths, instructions, tokens, n, advantages, varied) per batch that was drawn.
 
     These are --accumulate batches of --prompts. With dynamic sampling (DAPO), more are drawn until as many groups vary, over all
-    processes, as that would be; --max-draws times as many at most. Groups that vary beyond that number are learned from, too.
+    processes, as that would be; --max-draws times as many at most. Groups that vary beyond that number are learned from, too. With
+    RBA a group is a pair (see rba_pairs), and its advantages are 1, or 0 where nothing is to be preferred.
     """
     parts, figures = [], np.zeros(6)  # over the samples: sums of reward, length and truncation, their number; groups that vary; groups
-    own = args.G - (args.off_policy == "reference")  # what is logged is about samples
+    own = args.G - (args.off_policy == "reference")  # what is logged is about samples (and what "duplicate" puts among them)
     for draw in range(args.accumulate * (args.max_draws if args.dynamic_sampling else 1)):
         _, (frames, lengths, items) = next(supply)
         with autocast(device):

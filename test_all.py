@@ -1710,7 +1710,9 @@ def test_main_job_in_miniature(tmp_path):
                       ("--device cpu:x", ["eval.py", "--ckpt", str(run / RL), "--device", "cpu:x"]),
                       ("--sets: ", ["eval.py", "--table", "2", "--sets", "hard"]),
                       ("--beam: ", ["eval.py", "--table", "2", "--beam", "2"]),
-                      ("--flags: is not for --table without --data", ["eval.py", "--table", "2", "--flags", "--vocab 90"]),
+                      ("--flags: goes with --table and --data", ["eval.py", "--table", "2", "--flags", "--vocab 90"]),
+                      ("--lang: ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--lang", "fr"]),
+                      ("audio files: ", ["eval.py", "--table", "2", "a.wav"]),
                       ("--seeds: ", ["eval.py", "--ckpt", str(run / RL), "--seeds", "0"]),
                       ("--bench 29m,60,2,4,8,0", ["eval.py", "--bench", "29m,60,2,4,8,0"]),
                       ("--run: ", ["eval.py", "--ckpt", str(run / RL), "--run"]),
@@ -2904,6 +2906,15 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
         seen.clear()
         eval_module.print_paper_table(args)
         assert seen == set(expected)
+
+
+def test_missing_rows_are_named_in_the_order_in_which_they_stand_on_each_other(tmp_path, monkeypatch, capsys):
+    """Table IV's base makes the model that its other rows begin with: its command comes first, whatever row is compared with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", "4", "--against", "SFT", "--seeds", "0"])
+    eval_main()
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing: ")]
+    assert named[0] == "missing: python grpo.py --reward wer --seed 0" and "--init" in named[1], named
 
 
 def test_tables_look_where_their_commands_train(monkeypatch):
