@@ -14,6 +14,7 @@ The decoder is Llama 3's (2407.21783): RMSNorm, rotary positions, grouped-query 
 Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions, S response
 positions that are read, D model width, H query heads, K key-value heads, R = H / K, hd width of a head, V tokens.
 """
+import contextlib
 import io
 import math
 from dataclasses import dataclass
@@ -84,20 +85,42 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)  # FSDP's weights are bf16
 
 
+LARGE = 2**17  # weights, from which on a matrix is worth another route
+
+
 def linear(x, layer):
     """x (.., D) @ layer.weight.T -> (.., O) for a layer without a bias, by the route that is quickest on a CPU.
 
-    F.linear multiplies with MKL, which is slow on AMD's processors. Measured on an EPYC with matrices of 2**17 weights and more: a
+    F.linear multiplies with MKL, which is slow on AMD's processors. Measured on an EPYC with matrices of LARGE weights and more: a
     convolution of kernel 1 over the rows, which is oneDNN's, takes half of its time from 128 rows on; for fewer the transposed product
-    takes three quarters of it.
+    takes three quarters of it, and of that oneDNN takes two thirds where `packed` has put its weights in order.
     """
     rows, weight = x.numel() // x.shape[-1], layer.weight
-    if x.device.type != "cpu" or weight.numel() < 2**17 or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or weight.numel() < LARGE or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
+    if hasattr(layer, "packed"):
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, None, "none", [], "")  # no bias, nothing done to the product
     if rows < 128:
         return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
     y = F.conv2d(x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2), weight[:, :, None, None])  # (1, O, rows, 1), in memory (rows, O)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def packed(llm):
+    """While this lasts `linear` has a second copy of a CPU's large matrices, in the order in which oneDNN reads them: a product of the
+    few rows of one decoding step mostly waits for its weights. It costs the time of one such step, so it is for loops of them."""
+    layers = [part for part in llm.modules() if isinstance(part, nn.Linear) or part is llm.embed and llm.config.tie]
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a torch without oneDNN
+        layers = []
+    layers = [part for part in layers if part.weight.is_cpu and part.weight.dtype == torch.float and part.weight.numel() >= LARGE]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)  # for about so many rows
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("packed", None)
 
 
 def rotate(x, cos, sin):
@@ -405,15 +428,16 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
         at.add_(1)
 
     replay = step
-    for t in range(max_new):
-        replay(t)
-        if t == 0 and graph and device.type == "cuda":
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):  # records, runs nothing; autocast's bf16 weights are there since the first step
-                step(1)
-            replay = lambda t: captured.replay()
-        if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then
-            break
+    with packed(model.llm):
+        for t in range(max_new):
+            replay(t)
+            if t == 0 and graph and device.type == "cuda":
+                captured = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(captured):  # records, runs nothing; autocast's bf16 weights are there since the first step
+                    step(1)
+                replay = lambda t: captured.replay()
+            if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then
+                break
     longest = int(lengths.max())
     return tokens[:, :longest], lengths, logps[:, :longest]
 
@@ -437,25 +461,26 @@ def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
     first_row = torch.arange(B, device=device)[:, None] * W
     only_pad = torch.full((V,), -math.inf, device=device)
     only_pad[PAD] = 0
-    for t in range(max_new):
-        step = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1].log_softmax(-1).view(B, W, V)
-        step = torch.where(done[..., None], only_pad, step)                    # (B, W, V)
-        total = logp[..., None] + step                                         # (B, W, V)
-        length = (lengths + ~done)[..., None]                                  # (B, W, 1)
-        best = (total / length ** length_penalty).flatten(1).topk(W, dim=1).indices       # (B, W) of W * V
-        parent, token = best // V, best % V
-        logp = total.flatten(1).gather(1, best)
-        rows = (first_row + parent).flatten()                                  # (N,)
-        done, lengths = done.gather(1, parent), lengths.gather(1, parent)
-        tokens = tokens[rows]
-        tokens[:, t] = token.flatten()
-        lengths = lengths + ~done
-        done = done | (token == EOS)
-        for cache in caches:  # the rows follow their parents; only the part that is written
-            cache[:, :, :, :t + 1] = cache[:, rows, :, :t + 1]
-        token = token.view(N, 1)
-        if t % 4 == 3 and done.all():
-            break
+    with packed(model.llm):
+        for t in range(max_new):
+            step = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1].log_softmax(-1).view(B, W, V)
+            step = torch.where(done[..., None], only_pad, step)                    # (B, W, V)
+            total = logp[..., None] + step                                         # (B, W, V)
+            length = (lengths + ~done)[..., None]                                  # (B, W, 1)
+            best = (total / length ** length_penalty).flatten(1).topk(W, dim=1).indices       # (B, W) of W * V
+            parent, token = best // V, best % V
+            logp = total.flatten(1).gather(1, best)
+            rows = (first_row + parent).flatten()                                  # (N,)
+            done, lengths = done.gather(1, parent), lengths.gather(1, parent)
+            tokens = tokens[rows]
+            tokens[:, t] = token.flatten()
+            lengths = lengths + ~done
+            done = done | (token == EOS)
+            for cache in caches:  # the rows follow their parents; only the part that is written
+                cache[:, :, :, :t + 1] = cache[:, rows, :, :t + 1]
+            token = token.view(N, 1)
+            if t % 4 == 3 and done.all():
+                break
     order = (logp / lengths ** length_penalty).sort(dim=1, descending=True)
     rows = (first_row + order.indices).flatten()
     lengths = lengths.flatten()[rows].long()

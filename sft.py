@@ -662,7 +662,7 @@ def print_plan(args, corpus, B, G=1, samples=True, reference=False):
     memory = {"frozen encoder": 4 * encoder, "weights, fp32": 4 * decoder * share, "gradients, fp32": 4 * decoder * share,
               "AdamW's moments, fp32": 8 * decoder * share, "frozen SFT model, fp32": 4 * decoder * share * reference,
               "rollouts: keys, values": 2 * size * c.n_layers * c.n_kv_heads * (c.d // c.n_heads) * (B * P + N * args.max_new) * samples,
-              "rollouts: gathered weights": size * decoder * (args.shard and samples),
+              "rollouts: copies of weights": size * decoder * (args.shard + (device.type == "cpu")) * samples,  # FSDP's; model.packed's
               "learning: gathered weights": size * ends * args.shard,
               "learning: kept for backward": saved_bytes(c, micro, P, G, T, kind, args.recompute) + logits}
     batches = n * args.accumulate

@@ -49,7 +49,7 @@ from eval import main as eval_main
 from eval import transcribe
 from grpo import ALGOS, dpo_loss, group_advantages, policy_loss, rba_pairs, rollout, token_weight
 from model import (BOS, EOS, LLAMAS, PAD, S_BOS, SYSTEM, USER, Attention, Llama, LlamaConfig, Prompt, SpeechLM, beam_search, causal_bias,
-                   filter_logits, generate, linear, load_tokenizer, right_pad, train_tokenizer)
+                   filter_logits, generate, linear, load_tokenizer, packed, right_pad, train_tokenizer)
 from rewards import REWARDS
 from sft import saved_bytes, stage_loss, targets_of, trained_parameters
 
@@ -590,6 +590,37 @@ def test_linear_is_the_same_by_every_route():
             assert y.shape == expected.shape and torch.allclose(y, expected, atol=atol)
             both = [torch.autograd.grad(z, (x, layer.weight), grad) for z in (y, expected)]
             assert all(torch.allclose(a, b, atol=atol) for a, b in zip(*both))
+
+
+@torch.no_grad()
+def test_packed_weights_are_those_of_the_layers(monkeypatch):
+    """Sampling and beam search read a large matrix in oneDNN's order: the same products, gone afterwards, also where sampling broke off."""
+    config = LlamaConfig(vocab=300, d=512, n_layers=2, n_heads=8, n_kv_heads=4, ffn=512)
+    torch.manual_seed(0)
+    model = SpeechLM(EncoderConfig(units=("a",), d=16, n_heads=2, n_layers=1, ffn=16), config, tiny_model().tokenizer_bytes).eval()
+    layers = [part for part in model.modules() if hasattr(part, "weight")]
+    large = {id(part) for part in model.llm.modules() if hasattr(part, "weight") and part.weight.numel() >= 2**17}
+    found = lambda: {id(part) for part in layers if hasattr(part, "packed")}
+    with packed(model.llm):
+        assert found() == large and len(large) == 15                           # the tied head and seven matrices a layer
+        for shape in ((1,), (40,), (200,), (3, 70)):
+            x, layer = torch.randn(*shape, 512), model.llm.layers[0].gate
+            assert torch.allclose(linear(x, layer), x @ layer.weight.T, atol=1e-4)
+        layer.weight.neg_()
+        assert torch.allclose(linear(x, layer), -x @ layer.weight.T, atol=1e-4)  # a copy it is, and it is read
+    assert not found()
+    with pytest.raises(KeyError), packed(model.llm):
+        raise KeyError
+    assert not found()
+    small = tiny_model().llm
+    with packed(small):
+        assert not any(hasattr(part, "packed") for part in small.modules())
+    prompt, rows = model.prefill(torch.randn(2, 7, 512), torch.tensor([7, 5])), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        rows.append((*generate(model, prompt, 3, 6), *beam_search(model, prompt, 3, 6)))
+        monkeypatch.setattr(model_module, "packed", lambda llm: contextlib.nullcontext())
+    assert all(torch.equal(a, b) if a.dtype == torch.long else torch.allclose(a, b, atol=1e-3) for a, b in zip(*rows))
 
 
 @torch.no_grad()
@@ -2281,8 +2312,8 @@ def test_the_plan_of_a_step_is_worked_out_right(monkeypatch, capsys):
     assert positions == 8 * 4 * P
     about = lambda amount: pytest.approx(amount / 1e9, abs=1e-3)
     assert [plain[k] for k in ("weights, fp32", "gradients, fp32", "AdamW's moments, fp32")] == about(np.array([4 * n, 4 * n, 8 * n]))
-    assert sharded["weights, fp32"] == about(4 * n / 8) and sharded["rollouts: gathered weights"] == about(4 * n)
-    assert plain["rollouts: gathered weights"] == plain["frozen SFT model, fp32"] == 0
+    assert sharded["weights, fp32"] == about(4 * n / 8) and sharded["rollouts: copies of weights"] == about(8 * n)
+    assert plain["rollouts: copies of weights"] == about(4 * n) and plain["frozen SFT model, fp32"] == 0  # of a CPU, in oneDNN's order
     assert beside["frozen SFT model, fp32"] == plain["weights, fp32"]
     assert plain["rollouts: keys, values"] == about(2 * 4 * 24 * 8 * 128 * (4 * P + 32 * 100))  # a prompt's are there once for its 8
     at_a_time = 2**26 // (16 * 187178)                                         # positions, for the 16 responses of a micro-batch
