@@ -888,7 +888,7 @@ def noisy_view(audio, rng, hard=False):
 def name_of(path):
     """What runs on a recorded corpus are called; "embedded" without one."""
     folder, name = os.path.split(os.path.normpath(path)) if path else ("", "embedded")
-    return os.path.basename(folder) if name.startswith("manifest.") else name.split(".")[0]
+    return os.path.basename(folder) if name.startswith("manifest.") else re.sub(r"\.jsonl?$", "", name)
 
 
 def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard", views=1, train=True):

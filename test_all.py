@@ -2911,7 +2911,7 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     path = str(tmp_path / "corp")
     table = {name: eval_module.paper_table(name, path, "--vocab 90", "fr") for name in ("2", "4", "ast")}
     assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90 --rl-name grpo-wer")
-    assert len({row[2] for row in table["2"]["rows"]}) == 10                   # SFT's two rows are made on GRPO's way
+    assert len({row[2] for row in table["2"]["rows"]}) == 12                   # SFT's two rows are made on GRPO's way
     assert table["ast"]["rows"][0][1] == "corp-ast-fr-{s}/read"
     assert [eval_module.ast_name(lang) for lang in ("de", "fr")] == ["ast", "ast-fr"]
     assert all(f" --data {path} --vocab 90 --lang fr --rl-name ibm-bleu" in row[2] for row in table["ast"]["rows"])
@@ -2921,6 +2921,8 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     assert table["4"]["rows"][0][1:3] == ("embedded-{s}/speech", "--reward wer")
     flags = f"--reward wer --init runs/embedded-{{s}}/speech --data {path} --vocab 90 --name corp-from-{{s}} --rl-name grpo-wer"
     assert [row[1:3] for row in table["4"]["rows"]][1:] == [("corp-from-{s}/control", flags), ("corp-from-{s}/grpo-wer", flags)]
+
+    assert [data.name_of(p) for p in (None, "x/v.2/", "x/b.c.jsonl", "x/manifest.json")] == ["embedded", "v.2", "b.c", "x"]
 
     seen, name = set(), [None]
     monkeypatch.setattr(eval_module, "finished", lambda folder: True)
