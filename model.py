@@ -145,9 +145,10 @@ class Attention(nn.Module):
         k = rotate(linear(x, self.wk).unflatten(-1, (self.K, self.hd)), *rope)         # (N, T, K, hd)
         return k.transpose(1, 2), linear(x, self.wv).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
-    def forward(self, x, rope, bias, shared=None, shared_bias=None, cache=None, at=None):
-        """x (N, T, D); bias (T, S), without a shared prompt also (N, 1, T, S), is added to the scores: 0 or -inf.
+    def forward(self, x, rope, bias=None, shared=None, shared_bias=None, cache=None, at=None):
+        """x (N, T, D), each of whose positions sees itself and what is before it. The rest is for responses after a shared prompt:
 
+        bias (T, S) is added to the scores, 0 or -inf.
         shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
         cache: preallocated keys and values (2, N, K, longest, hd): these are written to its positions `at` (T,), and its first S are
         read; no gradient goes through it.
@@ -156,12 +157,11 @@ class Attention(nn.Module):
         N, T, _ = x.shape
         q = rotate(linear(x, self.wq).view(N, T, self.H, self.hd), *rope)
         k, v = own = self.keys_values(x, rope)
+        if shared is None:
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)      # (N, H, T, hd)
+            return linear(mixed.transpose(1, 2).reshape(N, T, -1), self.wo), own
         if cache is not None:
             k, v = (kept.index_copy_(2, at, new)[:, :, :bias.shape[-1]] for kept, new in zip(cache, own))     # (N, K, S, hd)
-        if shared is None:
-            k, v = (y.repeat_interleave(self.H // self.K, 1) for y in (k, v))  # enable_gqa and a mask are not fused on a GPU
-            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias.to(q.dtype))    # (N, H, T, hd)
-            return linear(mixed.transpose(1, 2).reshape(N, T, -1), self.wo), own
         # The G rows of an utterance ask the same prompt, so their queries are stacked: `together` makes (B, K, G R T, any) of
         # (N, K, R T, any), `apart` undoes it. So the prompt is neither copied nor read G times. One softmax over prompt (far) and
         # response (near) is exp(score - top) / total, with a top and a total over both; top cancels, and needs no gradient.
@@ -223,11 +223,11 @@ class Llama(nn.Module):
             for p in (layer.attn.wo.weight, layer.down.weight):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers))
 
-    def forward(self, x, positions, bias, prompt=None, caches=None, at=None, kv_only=False):
+    def forward(self, x, positions, bias=None, prompt=None, caches=None, at=None, kv_only=False):
         c = self.config
         hd = c.d // c.n_heads
         freq = c.rope_theta ** (-torch.arange(0, hd, 2, device=x.device) / hd)
-        angle = (positions[..., None] * freq).repeat(1, 1, 2)[:, :, None]      # (N, T, 1, hd), fp32
+        angle = (positions[..., None] * freq).repeat(1, 1, 2)[:, :, None]      # (N or 1, T, 1, hd), fp32
         rope = angle.cos(), angle.sin()
         kv = []
         for i, layer in enumerate(self.layers):
@@ -253,7 +253,7 @@ def causal_bias(at, S):
 class Prompt(NamedTuple):
     """What `prefill` leaves of B prompts: the keys and values of each layer, what is padding, how long they are."""
     kv: list             # per layer: keys and values, (B, K, P, hd) each
-    bias: torch.Tensor   # (B, 1, 1, P): 0, or -inf on the left padding
+    bias: torch.Tensor   # (B, 1, 1, P): 0, or -inf on the padding
     length: torch.Tensor  # (B,) without padding
 
 
@@ -283,7 +283,7 @@ class SpeechLM(nn.Module):
         return self.encoder(mel, lengths)
 
     def embed_prompt(self, frames, lengths, instructions=None):
-        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the left, and (B,) lengths.
+        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the right, and (B,) lengths.
 
         instructions: B strings, where one that is None, or no list at all, stands for the paper's of speech recognition.
         """
@@ -294,21 +294,18 @@ class SpeechLM(nn.Module):
         heard = self.projection(frames)                                        # (B, T, D)
         rows = [torch.cat([b, row[:n], after]) for b, row, n in zip(before, heard, lengths.tolist())]
         lengths = lengths + torch.tensor([len(b) + 1 for b in before], device=lengths.device)
-        return pad_sequence(rows, batch_first=True, padding_side="left"), lengths
+        return pad_sequence(rows, batch_first=True), lengths
 
     def prefill(self, x, length):
-        """Runs B left-padded prompts x (B, P, D) of `length` (B,) through the decoder once -> Prompt."""
+        """Runs B prompts x (B, P, D), padded on the right, of `length` (B,) through the decoder once -> Prompt.
+
+        Padding comes after what is real, so none of that sees it, and SDPA's own causal mask, which skips half of the work, is all that is
+        needed; who reads the prompt has the Prompt's bias.
+        """
         P = x.shape[1]
-        real = length_mask(length, P).flip(1)                                  # (B, P)
-        pad_bias = torch.zeros(real.shape, device=x.device).masked_fill(~real, -math.inf)[:, None, None]  # (B, 1, 1, P)
-        at = torch.arange(P, device=x.device)
-        bias = causal_bias(at, P) + pad_bias                          # (B, 1, P, P)
-        bias.diagonal(dim1=-2, dim2=-1).zero_()  # a pad sees itself: a row of -inf alone would be NaN
-        if torch.is_autocast_enabled(x.device.type):
-            bias = bias.to(torch.get_autocast_dtype(x.device.type))  # once, not in each layer
-        positions = (at - (P - length)[:, None]).clamp(min=0)  # (B, P)
-        _, kv = self.llm(x, positions, bias, kv_only=True)
-        return Prompt(kv, pad_bias, length)
+        _, kv = self.llm(x, torch.arange(P, device=x.device)[None], kv_only=True)
+        bias = torch.zeros(len(x), P, device=x.device).masked_fill(~length_mask(length, P), -math.inf)
+        return Prompt(kv, bias[:, None, None], length)
 
     def extend(self, tokens, prompt=None, caches=None, start=0):
         """Hidden states (N, T, D) of response tokens (N, T), row n after prompt n // G; without a prompt, of plain text.
@@ -318,11 +315,11 @@ class SpeechLM(nn.Module):
         """
         N, T = tokens.shape
         at = start + torch.arange(T, device=tokens.device)                     # (T,)
-        positions = at.expand(N, T)
-        if prompt is not None:
-            positions = positions + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]
-        longest = None if caches is None else caches[0].shape[3]
-        bias = causal_bias(at, longest if torch.is_tensor(start) else start + T)
+        if prompt is None:
+            assert caches is None
+            return self.llm(self.llm.embed(tokens).float(), at[None])[0]
+        positions = at + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]                # (N, T)
+        bias = causal_bias(at, caches[0].shape[3] if torch.is_tensor(start) else start + T)
         return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, at)[0]  # residuals are fp32, under FSDP too
 
     def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):

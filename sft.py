@@ -937,7 +937,7 @@ def user_turns(model, rows, device):
     """Prompts <User> row, for lists of tokens."""
     embedded = [model.llm.embed(torch.tensor([USER, *row], device=device)) for row in rows]
     lengths = torch.tensor([len(x) for x in embedded], device=device)
-    return model.prefill(pad_sequence(embedded, batch_first=True, padding_side="left"), lengths)
+    return model.prefill(pad_sequence(embedded, batch_first=True), lengths)
 
 
 @torch.no_grad()

@@ -517,7 +517,7 @@ def test_prompt_is_the_papers():
     for row, T, total in zip(range(3), lengths.tolist(), n.tolist()):
         expected = torch.cat([model.llm.embed(torch.tensor(ids)), model.projection(frames[row, :T]),
                               model.llm.embed(torch.tensor([SYSTEM]))])
-        assert total == len(expected) and torch.equal(x[row, -total:], expected) and (x[row, :-total] == 0).all()
+        assert total == len(expected) and torch.equal(x[row, :total], expected) and (x[row, total:] == 0).all()
 
 
 def test_specials_are_six_different_tokens_and_never_text():
@@ -633,7 +633,7 @@ def test_prompt_then_response_equals_one_plain_pass():
 
     def check(x):
         S = x.shape[1]
-        whole, _ = model.llm(x, torch.arange(S)[None], causal_bias(torch.arange(S), S))
+        whole, _ = model.llm(x, torch.arange(S)[None])
         assert torch.allclose(whole[:, -6:], apart, atol=1e-5)
 
     check(torch.cat([x, model.llm.embed(tokens)], 1))
@@ -653,22 +653,26 @@ def test_a_chunk_sees_its_past():
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing():
+def test_padding_changes_nothing():
+    """A prompt gives the same hidden states alone and with padding after it, whatever stands there."""
     model = tiny_model()
     x, n = model.embed_prompt(*some_frames())
     tokens = torch.randint(7, 30, (3, 5))
 
-    def check(pad):
-        wide = F.pad(x, (0, 0, pad, 0))
-        assert torch.allclose(model.extend(tokens, model.prefill(wide, n)), model.extend(tokens, model.prefill(x, n)), atol=1e-5)
+    def check(wide):
+        said = model.extend(tokens, model.prefill(wide, n))
+        assert torch.allclose(said, model.extend(tokens, model.prefill(x, n)), atol=1e-5)
         for i in range(3):  # and alone, without any padding
-            alone = model.prefill(x[i:i + 1, -n[i]:], n[i:i + 1])
-            assert torch.allclose(model.extend(tokens[i:i + 1], alone), model.extend(tokens, model.prefill(wide, n))[i:i + 1], atol=1e-5)
+            alone = model.prefill(x[i:i + 1, :n[i]], n[i:i + 1])
+            assert torch.allclose(model.extend(tokens[i:i + 1], alone), said[i:i + 1], atol=1e-5)
 
-    check(4)
+    check(F.pad(x, (0, 0, 0, 4)))
+    check(F.pad(x, (0, 0, 0, 4), value=3.0))
+    with pytest.raises(AssertionError):  # before it
+        check(F.pad(x, (0, 0, 4, 0)))
     n = n + 2  # wrong lengths: pads pass for prompt
     with pytest.raises(AssertionError):
-        check(4)
+        check(F.pad(x, (0, 0, 0, 4)))
 
 
 @torch.no_grad()
