@@ -60,20 +60,20 @@ from rewards import REWARDS, normalize, parse_reward
 
 # GRPO's beta: 0.04 in 2509.01939 "when used"; without the KL its runs do not diverge, and save the reference's forward pass.
 # Dynamic sampling is DAPO's own (2503.14476); what 2509.01939 calls DAPO goes without, --no-dynamic-sampling.
-GRPO = dict(G=12, beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False, dev_sampled=False)
+GRPO = dict(G=12, beta=0.0, eps_low=0.2, eps_high=0.2, loss_norm="sequence", std=True, dynamic_sampling=False, dev_sampled=False, steps=200)
 ALGOS = {
     "grpo": GRPO,
     "dapo": GRPO | dict(eps_high=0.28, loss_norm="token", dynamic_sampling=True),
     "dr_grpo": GRPO | dict(loss_norm="constant", std=False),
-    "ibm": GRPO | dict(G=8, beta=0.02, loss_norm="token", dev_sampled=True),  # 2509.16990
+    "ibm": GRPO | dict(G=8, beta=0.02, loss_norm="token", dev_sampled=True, steps=600),  # 2509.16990
     # RBA's two hyper-parameters are 0.2 and 0.1; which is beta and which the cross entropy's weight is not known.
     **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(G=1, beta=0.1, std=False)),
 }
 # What else makes an RL run the one it is; a run's folder says which of these, and of the preset's, are not the default.
-SWITCHES = [*GRPO, "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "steps", "prompts", "updates", "lr", "grpo_muon",
-            "max_draws", "grpo_dev_evals"]
+SWITCHES = [*GRPO, "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "prompts", "updates", "lr", "grpo_muon", "max_draws",
+            "grpo_dev_evals"]
 RBA = ("rba_group", "rba_single")
-AHEAD_MOST = 500  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 500 MB
+AHEAD_MOST = 600  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 600 MB
 
 
 # ---------------------------------------------------------------------------------------------- the method
@@ -239,7 +239,7 @@ def parse_arguments():
     """The command line, with the preset of --algo filled in and the RL stage's folder named."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--reward", default="wer", help=f"one of {', '.join(REWARDS)}, or a sum: wer+0.5*em")
-    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the eight switches that follow")
+    p.add_argument("--algo", choices=ALGOS, default="grpo", help="preset of the nine switches that follow")
     p.add_argument("-G", type=int, help="transcripts of an utterance, the group: 12, IBM's 8")
     p.add_argument("--beta", type=float, help="weight of the KL to the SFT model")
     p.add_argument("--eps-low", type=float, help="the clip's lower half-width")
@@ -248,7 +248,7 @@ def parse_arguments():
     p.add_argument("--std", action=argparse.BooleanOptionalAction, help="divide advantages by the group's std")
     p.add_argument("--dynamic-sampling", action=argparse.BooleanOptionalAction, help="draw more for groups that do not vary")
     p.add_argument("--dev-sampled", action=argparse.BooleanOptionalAction, help="judge on dev by samples, temperature 0.9, top_p 0.9")
-    p.add_argument("--steps", type=int, default=200, help="rollouts, each of --prompts utterances")
+    p.add_argument("--steps", type=int, help="rollouts, each of --prompts utterances: 200, IBM's 600")
     p.add_argument("--prompts", type=int, default=24, help="utterances a step")
     p.add_argument("--updates", type=int, default=1, help="optimiser steps on each rollout")
     p.add_argument("--micro", type=int, help="utterances in one backward pass; default: see eval.micro_batch")

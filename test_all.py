@@ -2411,7 +2411,7 @@ def alone(folder, monkeypatch, *flags):
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
     args = p.parse_args(["--name", "x", "--max-new", "5", "--workers", "0", "--device", "cpu", "--dev-evals", "1", "--spec-augment", "0",
-                         "--control-batches", "9", "--read-steps", "9", *flags])
+                         "--control-batches", "9", "--control-steps", "9", "--read-steps", "9", *flags])
     args.contents = None
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sft, "use_cores", lambda workers: None)
@@ -3037,6 +3037,16 @@ def test_frames_that_will_not_come_again_are_let_go(monkeypatch):
     assert list(sft.heard(keys, tiny_model(), None, argparse.Namespace(workers=0), torch.device("cpu"), keep=1)) == list(zip(keys, keys))
     assert list(sft.HEARD) == keys[:1] and made == keys[:3]
     sft.HEARD.clear()
+
+
+def test_the_control_is_as_long_as_rl(tmp_path, monkeypatch):
+    """By default it has 6.25 steps for each of RL's, which take as long, with IBM's preset 11.5; and hears what RL hears."""
+    for flags, expected in (("", (200, 1250, 200)), ("--steps 40", (40, 250, 40)), ("--algo dapo", (200, 1250, 200)),
+                            ("--algo ibm --accumulate 2", (600, 6900, 1200)), ("--control-steps 7 --control-batches 3", (200, 7, 3))):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", "--max-new", "9", "--workers", "0", *flags.split()])
+        sft.finish_arguments(args := grpo.parse_arguments())
+        torch.set_num_threads(1)
+        assert (args.steps, args.control_steps, args.control_batches) == expected, flags
 
 
 def test_a_transcript_may_be_twice_as_long_as_the_longest(tmp_path):
