@@ -44,7 +44,7 @@ class LlamaConfig:
     norm_eps: float = 1e-5
 
 
-# The shapes of 2509.01939, section III; "8 KV groups" for both; the text says that the 8B ties its embeddings.
+# 2b and 8b: the shapes of 2509.01939, section III; "8 KV groups" for both; the text says that the 8B ties its embeddings.
 LLAMAS = {
     "tiny": LlamaConfig(),
     "29m": LlamaConfig(vocab=4096, d=512, n_layers=8, n_heads=8, n_kv_heads=4, ffn=1536, tie=False),  # a laptop's, for eval.py --bench
@@ -85,20 +85,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)  # FSDP's weights are bf16
 
 
-LARGE = 2**17  # weights, from which on a matrix is worth another route
+LARGE = 2**17  # a matrix of fewer weights always goes through F.linear
 
 
 def linear(x, layer):
-    """x (.., D) @ layer.weight.T -> (.., O) for a layer without a bias, by the route that is quickest on a CPU.
+    """x (.., D) @ layer.weight.T -> (.., O) for a layer without a bias, by the route that was the quickest on the CPU we measured.
 
-    F.linear multiplies with MKL, which is slow on AMD's processors. Measured on an EPYC with matrices of LARGE weights and more: a
-    convolution of kernel 1 over the rows, which is oneDNN's, takes half of its time from 128 rows on; for fewer the transposed product
-    takes three quarters of it, and of that oneDNN takes two thirds where `packed` has put its weights in order.
+    F.linear multiplies with MKL, which is slow on AMD's processors. On an EPYC, of its time for a LARGE matrix take
+    two thirds, a half of it for under 16 rows: oneDNN's operator, where `packed` has put the weights in order
+    three quarters, for under 128 rows: the transposed product
+    a half, for more: a convolution of kernel 1 over the rows, which is oneDNN's
     """
     rows, weight = x.numel() // x.shape[-1], layer.weight
-    if x.device.type != "cpu" or weight.numel() < LARGE or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or weight.numel() < LARGE or torch.is_autocast_enabled("cpu"):  # autocast knows F.linear alone
         return F.linear(x, weight)
-    if hasattr(layer, "packed"):
+    if hasattr(layer, "packed") and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, layer.packed, None, "none", [], "")  # no bias, nothing done to the product
     if rows < 128:
         return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
@@ -109,14 +110,14 @@ def linear(x, layer):
 @contextlib.contextmanager
 def packed(llm):
     """While this lasts `linear` has a second copy of a CPU's large matrices, in the order in which oneDNN reads them: a product of the
-    few rows of one decoding step mostly waits for its weights. It costs the time of one such step, so it is for loops of them."""
-    layers = [part for part in llm.modules() if isinstance(part, nn.Linear) or part is llm.embed and llm.config.tie]
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a torch without oneDNN
-        layers = []
-    layers = [part for part in layers if part.weight.is_cpu and part.weight.dtype == torch.float and part.weight.numel() >= LARGE]
-    for layer in layers:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)  # for about so many rows
+    few rows of one decoding step mostly waits for its weights. It costs the time of one such step, so it is for loops of them; without
+    gradient, and the weights must stay as they are. The operators are private to torch, whose version requirements.txt pins."""
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not where torch was built without oneDNN
+    layers = [part for part in llm.modules() if isinstance(part, nn.Linear) or (part is llm.embed and llm.config.tie)]
+    layers = [part for part in layers if there and part.weight.is_cpu and part.weight.dtype == torch.float and part.weight.numel() >= LARGE]
     try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)  # for about so many rows
         yield
     finally:
         for layer in layers:
@@ -124,7 +125,7 @@ def packed(llm):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (2104.09864): dimensions i and i + hd / 2 turn together. x (N, T, heads, hd), cos and sin (N, T, 1, hd)."""
+    """Rotary positions (2104.09864): dimensions i and i + hd / 2 turn together. x (N, T, heads, hd), cos and sin (N or 1, T, 1, hd)."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -146,13 +147,12 @@ class Attention(nn.Module):
         return k.transpose(1, 2), linear(x, self.wv).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
     def forward(self, x, rope, bias=None, shared=None, shared_bias=None, cache=None, at=None):
-        """x (N, T, D), each of whose positions sees itself and what is before it. The rest is for responses after a shared prompt:
+        """x (N, T, D) -> (N, T, D), and this call's own keys and values. Alone: each position sees itself and what is before it.
 
-        bias (T, S) is added to the scores, 0 or -inf.
-        shared: the prompt's keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P): row n reads prompt n // G.
-        cache: preallocated keys and values (2, N, K, longest, hd): these are written to its positions `at` (T,), and its first S are
-        read; no gradient goes through it.
-        Returns (N, T, D) and this call's own keys and values.
+        shared: responses after a prompt, its keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P), 0 or -inf: row n reads
+        prompt n // G. With it bias (T, S) says what of the response itself each of x's positions sees.
+        cache: preallocated keys and values of responses (2, N, K, longest, hd): these are written to its positions `at` (T,), and its
+        first S are read, without gradient.
         """
         N, T, _ = x.shape
         q = rotate(linear(x, self.wq).view(N, T, self.H, self.hd), *rope)
@@ -169,9 +169,9 @@ class Attention(nn.Module):
         B, RT = len(pk), R * T
         together = lambda x: x.view(B, N // B, self.K, RT, -1).transpose(1, 2).reshape(B, self.K, N // B * RT, -1)
         apart = lambda x: x.view(B, self.K, N // B, RT, -1).transpose(1, 2).reshape(N, self.K, RT, -1)
-        q = (q / math.sqrt(self.hd)).view(N, T, self.K, R, self.hd).permute(0, 2, 3, 1, 4).reshape(N, self.K, RT, self.hd)
+        q = (q / math.sqrt(self.hd)).transpose(1, 2).reshape(N, self.K, RT, self.hd)      # query head k R + r reads key head k
         near = ((q @ k.transpose(2, 3)).view(N, self.K, R, T, -1) + bias).flatten(2, 3)   # (N, K, R T, S)
-        far = (together(q) @ pk.transpose(2, 3)).add_(shared_bias)            # (B, K, G R T, P), the largest tensor here: made once
+        far = (together(q) @ pk.transpose(2, 3)).add_(shared_bias)            # (B, K, G R T, P), the largest tensor: in fp32 made once
         with torch.no_grad():
             top = torch.maximum(near.amax(-1, keepdim=True), apart(far.amax(-1, keepdim=True))).float()   # (N, K, R T, 1)
         near, far = (near.float() - top).exp(), far.float().sub_(together(top)).exp_()
@@ -202,7 +202,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings (N, T, D) -> hidden states (N, T, D) and each layer's keys and values.
+    """Embeddings (N, T, D) at positions (N or 1, T) -> hidden states (N, T, D) and each layer's keys and values. The rest: see Attention.
 
     With kv_only there are no hidden states: nobody reads a prompt's, only its keys and values, so the last layer's
     attention and feed-forward, nearly half of a prompt's cost at 2 layers, are left out.
@@ -224,7 +224,7 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layers))
 
     def forward(self, x, positions, bias=None, prompt=None, caches=None, at=None, kv_only=False):
-        c = self.config
+        c, x = self.config, x.float()  # the residual stream is fp32, under FSDP too
         hd = c.d // c.n_heads
         freq = c.rope_theta ** (-torch.arange(0, hd, 2, device=x.device) / hd)
         angle = (positions[..., None] * freq).repeat(1, 1, 2)[:, :, None]      # (N or 1, T, 1, hd), fp32
@@ -237,7 +237,7 @@ class Llama(nn.Module):
             again = self.recompute and torch.is_grad_enabled() and not last
             x, own = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs, kv_only=last)
             kv.append(own)
-        return None if kv_only else self.norm(x), kv
+        return (None if kv_only else self.norm(x)), kv
 
     def logits(self, hidden):
         """(.., D) -> (.., V), fp32."""
@@ -273,7 +273,7 @@ class SpeechLM(nn.Module):
         return self.encoder.config, self.llm.config, self.tokenizer_bytes
 
     def forward(self, run):
-        """run(self). FSDP gathers a model's weights when its forward is called, so what needs them all comes in here."""
+        """run(self). DDP and FSDP do their work when a model's forward is called: a training pass is a function that comes in here."""
         return run(self)
 
     @torch.no_grad()
@@ -283,13 +283,13 @@ class SpeechLM(nn.Module):
         return self.encoder(mel, lengths)
 
     def embed_prompt(self, frames, lengths, instructions=None):
-        """The one place where a prompt is built: frames (B, T, encoder's D) -> (B, P, D) padded on the right, and (B,) lengths.
+        """The one place where a prompt of speech is built: frames (B, T, encoder's D) -> (B, P, D) padded on the right, and (B,) lengths.
 
         instructions: B strings, where one that is None, or no list at all, stands for the paper's of speech recognition.
         """
         texts = [text or INSTRUCTION for text in instructions or [None] * len(frames)]
         before = [[USER, BOS, *self.tokenizer.encode(text), S_BOS] for text in texts]
-        embedded = self.llm.embed(torch.tensor([i for ids in before for i in ids] + [SYSTEM], device=frames.device)).float()
+        embedded = self.llm.embed(torch.tensor([i for ids in before for i in ids] + [SYSTEM], device=frames.device))
         *before, after = embedded.split([*map(len, before), 1])
         heard = self.projection(frames)                                        # (B, T, D)
         rows = [torch.cat([b, row[:n], after]) for b, row, n in zip(before, heard, lengths.tolist())]
@@ -304,6 +304,7 @@ class SpeechLM(nn.Module):
         """
         P = x.shape[1]
         _, kv = self.llm(x, torch.arange(P, device=x.device)[None], kv_only=True)
+        kv = [(k.contiguous(), v.contiguous()) for k, v in kv]  # or each product with them, of each step, would copy them
         bias = torch.zeros(len(x), P, device=x.device).masked_fill(~length_mask(length, P), -math.inf)
         return Prompt(kv, bias[:, None, None], length)
 
@@ -317,15 +318,15 @@ class SpeechLM(nn.Module):
         at = start + torch.arange(T, device=tokens.device)                     # (T,)
         if prompt is None:
             assert caches is None
-            return self.llm(self.llm.embed(tokens).float(), at[None])[0]
+            return self.llm(self.llm.embed(tokens), at[None])[0]
         positions = at + prompt.length.repeat_interleave(N // len(prompt.length))[:, None]                # (N, T)
         bias = causal_bias(at, caches[0].shape[3] if torch.is_tensor(start) else start + T)
-        return self.llm(self.llm.embed(tokens).float(), positions, bias, prompt, caches, at)[0]  # residuals are fp32, under FSDP too
+        return self.llm(self.llm.embed(tokens), positions, bias, prompt, caches, at)[0]
 
     def token_logps(self, targets, prompt=None, temperature=1.0, chunk=None):
-        """Log-probabilities (N, T) of targets (N, T) = x_1 .. x_T <EOS>, and the entropy (N, T) there, in nats, fp32.
+        """Log-probabilities (N, T) of targets (N, T) = x_1 .. <EOS>, and the entropy (N, T) there, in nats, fp32, at a temperature.
 
-        The decoder is fed <BOS> x_1 .. x_T; padding after <EOS> is seen by nobody before it, so mask it afterwards.
+        The decoder is fed <BOS> x_1 ..; padding after <EOS> is seen by nobody before it, so mask it afterwards.
         Logits exist on the response only; where all would take over 256 MB, on `chunk` positions at a time, made again in the
         backward pass.
         """
@@ -369,8 +370,8 @@ def right_pad(rows, device=None):
 def filter_logits(logits, top_k=None, top_p=1.0, min_p=0.0):
     """Logits (N, V) with everything outside the top k, the nucleus p or min_p * the best probability at -inf.
 
-    top_k keeps k tokens; top_p (Holtzman et al., 1904.09751) the fewest likeliest whose sum reaches p; min_p
-    (2407.01082) those at least min_p times as likely as the best.
+    top_k keeps k tokens, and those that tie with the k-th; top_p (Holtzman et al., 1904.09751) the fewest likeliest whose sum
+    reaches p; min_p (2407.01082) those at least min_p times as likely as the best.
     """
     if top_k:
         worst = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -379,7 +380,7 @@ def filter_logits(logits, top_k=None, top_p=1.0, min_p=0.0):
         ranked, order = logits.sort(dim=-1, descending=True)
         p = ranked.softmax(-1)
         drop = p.cumsum(-1) - p >= top_p  # the sum before a token has already reached p
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)  # scatter: back in the vocabulary's order
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(min_p), -math.inf)
     return logits
@@ -390,8 +391,8 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     """Samples G responses for each of B prompts; temperature 0 is greedy.
 
     Returns tokens (N, T) = x_1 .. <EOS> <PAD>.. with N = B * G and T <= max_new, lengths (N,) that count <EOS>, and
-    the tokens' log-probabilities (N, T) under the distribution they were drawn from (0 on padding; greedy: under the
-    model's). A row without <EOS> has been truncated. The penalty (CTRL, 1909.05858) is on the response's own tokens.
+    the tokens' log-probabilities (N, T) under the distribution they were drawn from (0 on padding; greedy: at temperature
+    1). A row without <EOS> has been truncated. The penalty (CTRL, 1909.05858) is on the response's own tokens.
     graph: on a GPU a CUDA graph, captured anew in each call, launches a whole step at once; steps have to be alike, so without the
     penalty. On a CPU the same steps run one by one.
     """
@@ -414,7 +415,8 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
             p, new = logits.softmax(-1), logits.argmax(-1, keepdim=True)
         else:
             p = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)      # (N, V)
-            # The token in whose stretch of the summed probabilities a number from (0, 1] falls: on a CPU never one of probability 0.
+            # The token in whose stretch of the summed probabilities a number from (0, 1] falls: on a CPU never one of probability 0; a
+            # GPU's cumsum is not quite monotone.
             edge = p.cumsum(-1)
             new = torch.searchsorted(edge, edge[:, -1:] * (1 - torch.rand(N, 1, device=device)))
         logps.index_copy_(1, at, p.gather(1, new).log().masked_fill(done[:, None], 0.0))
@@ -430,7 +432,7 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
             replay(t)
             if t == 0 and graph and device.type == "cuda":
                 captured = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(captured):  # records, runs nothing; autocast's bf16 weights are there since the first step
+                with torch.cuda.graph(captured):  # records, runs nothing; autocast has its bf16 weights since the first step
                     step(1)
                 replay = lambda t: captured.replay()
             if t % 4 == 3 and done.all():  # asking is a host synchronisation, so ask now and then
@@ -478,7 +480,5 @@ def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
             token = token.view(N, 1)
             if t % 4 == 3 and done.all():
                 break
-    order = (logp / lengths ** length_penalty).sort(dim=1, descending=True)
-    rows = (first_row + order.indices).flatten()
-    lengths = lengths.flatten()[rows].long()
-    return tokens[rows][:, :int(lengths.max())], lengths, order.values.flatten()
+    lengths = lengths.flatten()                                                # topk has put the best first
+    return tokens[:, :int(lengths.max())], lengths.long(), logp.flatten() / lengths ** length_penalty

@@ -31,6 +31,7 @@ import pytest
 import soundfile
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 import torch.nn as nn
 import torch.nn.functional as F
@@ -490,6 +491,18 @@ def tiny_model(vocab=40, tie=True, seed=0):
     return model.eval()
 
 
+class CopyCounter(TorchDispatchMode):
+    """Finds the clones of tensors of `size` numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.found += op is torch.ops.aten.clone.default and args[0].numel() == self.size
+        return op(*args, **(kwargs or {}))
+
+
 def some_frames(B=3, T=9, D=16, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(B, T, D, generator=g), torch.tensor([T, T - 4, T - 2][:B])
@@ -612,6 +625,14 @@ def test_packed_weights_are_those_of_the_layers(monkeypatch):
     with pytest.raises(KeyError), packed(model.llm):
         raise KeyError
     assert not found()
+    with monkeypatch.context() as patch, pytest.raises(KeyError):              # it breaks off at the fourth
+        orders = [torch.ops.mkldnn._reorder_linear_weight] * 3
+        patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *a: orders.pop()(*a) if orders else {}[0])
+        packed(model.llm).__enter__()
+    assert not found()
+    with packed(model.llm), torch.enable_grad():                               # oneDNN's operator has no gradient
+        assert linear(x, model.llm.layers[0].gate).grad_fn is not None
+        assert torch.autograd.grad(linear(x, model.llm.layers[0].gate).sum(), model.llm.layers[0].gate.weight)[0].any()
     small = tiny_model().llm
     with packed(small):
         assert not any(hasattr(part, "packed") for part in small.modules())
@@ -673,6 +694,23 @@ def test_padding_changes_nothing():
     n = n + 2  # wrong lengths: pads pass for prompt
     with pytest.raises(AssertionError):
         check(F.pad(x, (0, 0, 0, 4)))
+
+
+@torch.no_grad()
+def test_a_prompt_is_copied_by_no_step(monkeypatch):
+    """Keys and values that lie as heads of positions were written would be copied by every product with them, each layer, each token."""
+    model, prompt = tiny_model(), prompt_of(tiny_model())
+    caches, tokens = model.new_caches(6, 8, prompt.kv[0][0]), torch.randint(7, 30, (6, 1))
+
+    def check(prompt):
+        with CopyCounter(prompt.kv[0][0].numel()) as copies:
+            model.extend(tokens, prompt, caches)
+        assert not copies.found
+
+    check(prompt)
+    strided = [[y.transpose(1, 2).contiguous().transpose(1, 2) for y in own] for own in prompt.kv]
+    with pytest.raises(AssertionError):
+        check(prompt._replace(kv=strided))
 
 
 @torch.no_grad()
