@@ -495,60 +495,78 @@ def kept_transcripts(folder, name, args, ears):
     return refs, hyps
 
 
+def folder_of(row, seed):
+    """Where a row's stage lies, of this seed."""
+    return os.path.join("runs", row[1].replace("{s}", seed))
+
+
+def missing_commands(rows, seeds):
+    """What makes the rows' stages that are not finished, in the order in which they stand on each other."""
+    return list(dict.fromkeys(f"grpo.py {row[2].replace('{s}', s)} --seed {s}" for s in seeds for row in rows
+                              if not finished(folder_of(row, s))))
+
+
+def run_commands(commands):
+    """Runs them one after the other, with a bar; the first that fails ends the program with its last words."""
+    print(f"{len(commands)} runs; on two cores about 2 minutes each, IBM's 4, and 5 more where their SFT does not exist yet")
+    for command in tqdm(commands, desc="runs"):
+        script, *flags = shlex.split(command)
+        done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
+        if done.returncode:
+            data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+
+
+def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
+    """One set of a paper's table, the one whose figures stand in its rows' `column`: the means over the seeds that are there, and the
+    changes from each of `bases`."""
+    (test, source), of, names = set_and_source(name, args.data), table["sets"][name], columns(table["task"])
+    if source and not os.path.exists(source):
+        print(f"\n{name}: not on this machine, left out")
+        return
+    shown = [*names, *["Agree"] * (name == "voices")]
+    print(f"\n{test + f' of {data.name_of(source)}' * ('@' in name):<20}" + "".join(f"{c:>7}" for c in shown)
+          + "".join(f"   {'from ' + base:<26}" for base in bases) + f"   paper: {of}" * bool(of))
+    seen = {}
+    for row in rows:
+        (label, _, _, paper), figures, drawn = row, [], seen.setdefault(row[0], {})
+        for s in filter(lambda s: finished(folder_of(row, s)), seeds):
+            refs, hyps = kept_transcripts(folder_of(row, s), name, args, ears)
+            counts = agreement(hyps) if name == "voices" else counts_of(table["task"], refs, hyps, args.metric)
+            drawn[s] = draws(counts, 0 if source else int(s))  # of recorded speech every seed has the same utterances
+            entry = {**summary(table["task"], refs, hyps), "agree": drawn[s][0]}
+            figures.append([entry[c.lower()] for c in shown])
+        cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * len(shown)
+        for base in bases:
+            both = base != label and seen.get(base, {}).keys() & drawn.keys()
+            cells += f"   {mean_change(seen[base], drawn) if both else '':<26}"
+        few = f"   ({len(drawn)} of {len(seeds)} seeds)" * (len(drawn) < len(seeds))
+        print(f"{label:<20}{cells}   {''.join(paper[column:column + 1])}{few}")
+
+
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
     table, seeds = paper_table(args.table, args.data, args.flags, args.lang), args.seeds.split(",")
-    task, rows, bases, names = table["task"], table["rows"], table["bases"], columns(table["task"])
+    rows, bases, names, labels = table["rows"], table["bases"], columns(table["task"]), [label for label, *_ in table["rows"]]
     if args.metric and args.metric not in names:
         data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
-    made = rows  # in the order in which their stages stand on each other
     if args.against:
-        bases, labels = [base.strip() for base in args.against.split(";")], [label for label, *_ in rows]
+        bases = [base.strip() for base in args.against.split(";")]
         if not set(bases) <= set(labels):
             data.die(f"--against {args.against}: no row of table {args.table}; give {'; '.join(labels)}")
         rows = sorted(rows, key=lambda row: row[0] not in bases)
-    at = lambda folder, s: os.path.join("runs", folder.replace("{s}", s))
-    missing = lambda: list(dict.fromkeys(f"grpo.py {flags.replace('{s}', s)} --seed {s}" for s in seeds
-                                         for _, folder, flags, _ in made if not finished(at(folder, s))))
-    if args.run and missing():
-        print(f"{len(missing())} runs; on two cores about 2 minutes each, and 5 more where their SFT does not exist yet")
-        for command in tqdm(missing(), desc="runs"):
-            script, *flags = shlex.split(command)
-            done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)
-            if done.returncode:
-                data.die(f"python {command} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+    if args.run and (commands := missing_commands(table["rows"], seeds)):
+        run_commands(commands)
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
     compared = (args.metric or names[0]) + " (on voices: Agree)" * ("voices" in table["sets"])
     print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {compared}, with the 95% interval "
           "of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
-    for column, (name, of) in enumerate(table["sets"].items()):
-        test, source = set_and_source(name, args.data)
-        if source and not os.path.exists(source):
-            print(f"\n{name}: not on this machine, left out")
-            continue
-        shown = [*names, *["Agree"] * (name == "voices")]
-        print(f"\n{test + f' of {data.name_of(source)}' * ('@' in name):<20}" + "".join(f"{c:>7}" for c in shown)
-              + "".join(f"   {'from ' + base:<26}" for base in bases) + f"   paper: {of}" * bool(of))
-        seen = {}
-        for label, folder, _, paper in rows:
-            figures, drawn = [], seen.setdefault(label, {})
-            for s in filter(lambda s: finished(at(folder, s)), seeds):
-                refs, hyps = kept_transcripts(at(folder, s), name, args, ears)
-                counts = agreement(hyps) if name == "voices" else counts_of(task, refs, hyps, args.metric)
-                drawn[s] = draws(counts, 0 if source else int(s))  # of recorded speech every seed has the same utterances
-                entry = {**summary(task, refs, hyps), "agree": drawn[s][0]}
-                figures.append([entry[c.lower()] for c in shown])
-            cells = "".join(f"{x:7.2f}" for x in np.mean(figures, 0)) if figures else "      -" * len(shown)
-            for base in bases:
-                both = base != label and seen.get(base, {}).keys() & drawn.keys()
-                cells += f"   {mean_change(seen[base], drawn) if both else '':<26}"
-            few = f"   ({len(drawn)} of {len(seeds)} seeds)" * (len(drawn) < len(seeds))
-            print(f"{label:<20}{cells}   {''.join(paper[column:column + 1])}{few}")
+    for column, name in enumerate(table["sets"]):
+        print_paper_set(name, column, table, rows, bases, seeds, args, ears)
     print("\nthe rows' commands")
     for label, _, flags, _ in rows:
         print(f"  {label:<22}python grpo.py {flags.replace('{s}', 'S')} --seed S")
-    for command in missing():
+    for command in missing_commands(table["rows"], seeds):
         print(f"missing: python {command}")
 
 
