@@ -887,7 +887,7 @@ def noisy_view(audio, rng, hard=False):
 
 def name_of(path):
     """What runs on a recorded corpus are called; "embedded" without one."""
-    folder, name = os.path.split(os.path.normpath(path)) if path else ("", "embedded")
+    folder, name = os.path.split(os.path.abspath(path)) if path else ("", "embedded")
     return os.path.basename(folder) if name.startswith("manifest.") else re.sub(r"\.jsonl?$", "", name)
 
 

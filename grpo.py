@@ -3,7 +3,7 @@
     python grpo.py --reward wer                     # everything from nothing: corpus, SFT, GRPO, control, the table
     python grpo.py --reward em --algo dr_grpo       # reuses the stages that are done, starts at RL
     python grpo.py --reward wer --data PATH         # the same on recorded speech
-    python grpo.py --task ast --reward bleu         # translation into German, from nothing; --task sqa answers questions
+    python grpo.py --task ast --algo ibm --reward bleu            # translation into German; --task sqa answers questions
     python grpo.py --task sqa --algo rba_group --reward bleu      # RBA: a teacher LLM invents all that is said and answered
     python grpo.py --init runs/embedded-0/speech --domain far --name far-0      # adapts that model to echo; or to --data PATH
 
@@ -265,11 +265,14 @@ def parse_arguments():
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for each one of a step")
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
+    p.set_defaults(control_steps=None)
     args = p.parse_args()
     defaults = {**vars(p.parse_args([])), **ALGOS[args.algo]}
     for key in GRPO:
         if getattr(args, key) is None:
             setattr(args, key, defaults[key])
+    if args.control_steps is None:  # about as long as RL takes; IBM's steps have a KL, and longer texts
+        args.control_steps = round(args.steps * (11.5 if args.algo == "ibm" else 6.25))
     changed = [f"{key}{getattr(args, key)}" for key in SWITCHES if getattr(args, key) != defaults[key]]
     args.rl_name = args.rl_name or "-".join([args.algo, args.reward.replace("*", "x"), *changed])
     return args

@@ -91,10 +91,9 @@ LARGE = 2**17  # a matrix of fewer weights always goes through F.linear
 def linear(x, layer):
     """x (.., D) @ layer.weight.T -> (.., O) for a layer without a bias, by the route that was the quickest on the CPU we measured.
 
-    F.linear multiplies with MKL, which is slow on AMD's processors. On an EPYC, of its time for a LARGE matrix take
-    two thirds, a half of it for under 16 rows: oneDNN's operator, where `packed` has put the weights in order
-    three quarters, for under 128 rows: the transposed product
-    a half, for more: a convolution of kernel 1 over the rows, which is oneDNN's
+    F.linear multiplies with MKL, which is slow on AMD's processors. Times beside its own, of LARGE matrices on an EPYC: `packed` weights
+    by oneDNN's operator 2/3, under 16 rows 1/2; the transposed product, under 128 rows, 3/4; from 128 rows on a convolution of kernel 1
+    over the rows, which is oneDNN's, 1/2.
     """
     rows, weight = x.numel() // x.shape[-1], layer.weight
     if not x.is_cpu or weight.numel() < LARGE or torch.is_autocast_enabled("cpu"):  # autocast knows F.linear alone
@@ -125,7 +124,10 @@ def packed(llm):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (2104.09864): dimensions i and i + hd / 2 turn together. x (N, T, heads, hd), cos and sin (N or 1, T, 1, hd)."""
+    """Rotary positions (2104.09864): a + ib becomes (a + ib) exp(i angle), a and b dimensions i and i + hd / 2; in x's dtype.
+
+    x (N, T, heads, hd), cos and sin of the angles (N or 1, T, 1, hd), whose two halves are equal.
+    """
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -368,7 +370,7 @@ def right_pad(rows, device=None):
 
 # ---------------------------------------------------------------------------------------------- decoding
 def filter_logits(logits, top_k=None, top_p=1.0, min_p=0.0):
-    """Logits (N, V) with everything outside the top k, the nucleus p or min_p * the best probability at -inf.
+    """New logits (N, V) with everything outside the top k, the nucleus p or min_p * the best probability at -inf.
 
     top_k keeps k tokens, and those that tie with the k-th; top_p (Holtzman et al., 1904.09751) the fewest likeliest whose sum
     reaches p; min_p (2407.01082) those at least min_p times as likely as the best.
@@ -446,7 +448,8 @@ def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
     """The W best responses of each prompt, best first, by log-probability / length ** length_penalty (length counts <EOS>).
 
     A finished hypothesis stays in the beam, where it competes with what can still grow; so a beam as wide as the
-    space is exhaustive search, and W = 1 is greedy. Returns tokens (N, T), lengths (N,), scores (N,), N = B * W.
+    space is exhaustive search, and W = 1 is greedy. W may exceed V, and a model may write <PAD>: lengths are counted.
+    Returns tokens (N, T) = x_1 .. <EOS> <PAD>.., T the longest, lengths (N,), scores (N,), N = B * W.
     """
     B, device, V = len(prompt.length), prompt.length.device, model.llm.config.vocab
     N = B * W

@@ -197,13 +197,14 @@ def _tokenize_13a(text):
 
 @functools.lru_cache(maxsize=1024)  # the samples of a group share their reference
 def _ngrams(text):
-    """How many tokens a text has, and how often each of its n-grams, n = 1..4, is there."""
+    """How many tokens a text has, and how often each of its n-grams, n = 1..4, is there; kept, so not to be changed."""
     tokens = _tokenize_13a(text)
     return len(tokens), Counter(gram for n in range(1, MAX_ORDER + 1) for gram in zip(*(tokens[i:] for i in range(n))))
 
 
 def bleu_counts(ref, hyp):
-    """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, n-grams of the hypothesis]: they add up over a corpus."""
+    """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, each no more often than in `ref`, n-grams of the
+    hypothesis]: they add up over a corpus."""
     (ref_length, wanted), tokens = _ngrams(ref), _tokenize_13a(hyp)
     left, matched = dict(wanted), [0] * MAX_ORDER
     for i in range(len(tokens)):

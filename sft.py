@@ -93,7 +93,7 @@ def add_arguments(p):
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
     for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""),
                                    ("read", None, 3e-3, "; 0 leaves it out; default: 600, for sqa 1200"), ("speech", 2600, 3e-3, ""),
-                                   ("control", None, 5e-4, ", SFT continued; default: about as long as RL takes, 1250 for its 200")):
+                                   ("control", 1250, 5e-4, ", SFT continued; grpo.py's default: about as long as RL's --steps take")):
         p.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"optimiser steps of the stage {stage}{note}")
         p.add_argument(f"--{stage}-lr", type=float, default=lr, help=f"peak learning rate of the stage {stage}")
     p.add_argument("--muon", type=float, default=10.0, help="Muon's rate for hidden matrices, as a multiple of AdamW's; 0 is AdamW alone")
@@ -234,11 +234,8 @@ def finish_arguments(args):
     args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
     if args.read_steps is None:
         args.read_steps = 1200 if args.task == "sqa" else 600
-    steps = getattr(args, "steps", 200)
     if args.control_batches is None:
-        args.control_batches = steps * args.accumulate * world()
-    if args.control_steps is None:
-        args.control_steps = round(steps * (11.5 if getattr(args, "algo", "") == "ibm" else 6.25))  # IBM's has KL, and longer texts
+        args.control_batches = getattr(args, "steps", 200) * args.accumulate * world()
     for key, value in vars(args).items():
         least = 0 if key in MAY_BE_ZERO or isinstance(value, bool) else 1 if isinstance(value, int) else 1e-12
         if isinstance(value, (int, float)) and not least <= value < 2**32:
