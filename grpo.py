@@ -70,8 +70,8 @@ ALGOS = {
     **dict.fromkeys(("rba_group", "rba_single"), GRPO | dict(G=1, beta=0.1, std=False)),
 }
 # What else makes an RL run the one it is; a run's folder says which of these, and of the preset's, are not the default.
-SWITCHES = [*GRPO, "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "prompts", "updates", "lr", "grpo_muon",
-            "max_draws", "grpo_dev_evals"]
+SWITCHES = [*(key for key in GRPO if key != "steps"), "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "steps",
+            "prompts", "updates", "lr", "grpo_muon", "max_draws", "grpo_dev_evals"]
 RBA = ("rba_group", "rba_single")
 AHEAD_MOST = 600  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 600 MB
 
