@@ -2969,7 +2969,9 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     assert [data.name_of(p) for p in (None, "x/v.2/", "x/b.c.jsonl", "x/manifest.json")] == ["embedded", "v.2", "b.c", "x"]
 
     seen, name = set(), [None]
+    assert len(eval_module.missing_commands(table["4"]["rows"], ["0", "1"])) == 4  # the base's, and one for both other rows, of each seed
     monkeypatch.setattr(eval_module, "finished", lambda folder: True)
+    assert not eval_module.missing_commands(table["4"]["rows"], ["0", "1"])
     monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
     monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
     args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0,
