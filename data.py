@@ -671,6 +671,13 @@ def die(message):
     raise SystemExit(2)
 
 
+def refuse(*rules):
+    """Ends the program at the first rule (whether it is broken, what to say then) that is."""
+    for broken, message in rules:
+        if broken:
+            die(message)
+
+
 def resample(x, sr_in, sr_out):
     """Resample float (n,) from sr_in to sr_out Hz: float32 (round(n * sr_out / sr_in),). The spectrum ends at the lower Nyquist
     frequency, so that nothing folds back."""

@@ -25,10 +25,10 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -80,11 +80,23 @@ def read_json(path):
         data.die(f"{path}: cannot be read ({e}); remove {os.path.dirname(path)} to make it again, or put the file back")
 
 
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file to write under a name of this process's own, which then becomes `path`: others see all of it, or the one before."""
+    name = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(name, mode) as f:
+            yield f
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(OSError):  # gone, where all went well
+            os.remove(name)
+
+
 def write_json(path, found):
-    """Writes a .json file under a name of this process's own, then renames it: others see all of it, or the one before."""
-    with open(f"{path}.{os.getpid()}.tmp", "w") as f:
+    """Writes a .json file of a run."""
+    with replacing(path) as f:
         json.dump(found, f, indent=1)
-    os.replace(f.name, path)
 
 
 def read_log(folder):
@@ -143,9 +155,8 @@ def features(path):
     mel = log_mel(audio[None], torch.tensor([len(audio)]))[0][0]
     with contextlib.suppress(OSError):  # a disk that is full or not ours to write to: made again next time
         os.makedirs(os.path.dirname(file), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as f:
+        with replacing(file, "wb") as f:
             np.save(f, mel.numpy())
-        os.replace(f.name, file)
     return mel
 
 
@@ -172,23 +183,17 @@ def careful(make, key):
         return end
 
 
-def watch(worker, every=3):
-    """Ends a worker whose parent is gone, however that went: one with much to tell would wait for a listener for ever."""
-    parent = os.getppid()
-
-    def look():
-        while os.getppid() == parent:
-            time.sleep(every)
-        os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()
+def end_with_parent(worker):
+    """Has Linux end this worker when its parent is gone, however that went: one with much to tell would wait for a listener for ever."""
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def loader(make, keys, workers, depth=4):
     """make(key) for each of a list of keys, in order, made in worker processes, each up to `depth` of them ahead."""
     # A generator of its own: a loader draws a seed, and from the global one that would shift our random numbers.
     made = DataLoader(keys, batch_size=None, num_workers=workers, prefetch_factor=depth if workers else None,
-                      collate_fn=functools.partial(careful, make), generator=torch.Generator(), worker_init_fn=watch,
+                      collate_fn=functools.partial(careful, make), generator=torch.Generator(), worker_init_fn=end_with_parent,
                       multiprocessing_context="fork" if workers and sys.platform == "linux" else None)  # sft.MADE goes along
     for batch in made:
         if isinstance(batch, SystemExit):
@@ -349,10 +354,35 @@ def print_table(name, task, refs, hyps, bases=()):
 MAKER = zlib.crc32(inspect.getsource(data).encode())  # of the made-up corpus and its texts: other code, other utterances
 
 
-def keep_transcripts(folder, name, source, refs, hyps):
-    """Writes transcripts of a set to folder/NAME.hyps.json, for the papers' tables. source: a recorded corpus's path, else None."""
-    found = {"data": source and os.path.abspath(source), "maker": MAKER, "refs": refs, "hyps": hyps}
-    write_json(os.path.join(folder, f"{name}.hyps.json"), found)  # rows of a table that run side by side write SFT's at once
+def set_and_source(name, own):
+    """NAME, of a run's `own` corpus, NAME@PATH or NAME@embedded -> NAME and the corpus's path, None for the embedded one."""
+    name, _, path = name.partition("@")
+    return name, {"": own, "embedded": None}.get(path, path)
+
+
+def kept_transcripts(folder, name, ears, test_size, device=None, temperature=0.0, top_p=1.0):
+    """References and transcripts of a finished stage on a set (see set_and_source), greedy or samples: those that lie in its folder, if of
+    the same corpus and data.py; else made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's
+    stages share their encoder."""
+    config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
+    test, source = set_and_source(name, config["data"])
+    source = source and os.path.abspath(source)
+    stem = test + f"-{data.name_of(source)}" * ("@" in name) + f"-T{temperature}-p{top_p}" * (temperature > 0)
+    key = source, config["seed"], test_size, config["task"], config["lang"]
+    corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
+    if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
+        found = read_json(file)
+        same = found["refs"] == [item["target"] for item in corpus.data[test]] if source else len(found["refs"]) == test_size
+        if found["data"] == source and found.get("maker") == MAKER and same:
+            return found["refs"], found["hyps"]
+    model = load_model(folder, pick_device(device))
+    heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test)
+    if "max_new" not in config:  # of the stage read, which never wrote a transcript
+        config = read_json(os.path.join(run, "speech", "config.json"))
+    torch.manual_seed(0)  # of the samples, if any
+    refs, hyps = [item["target"] for item in heard], transcribe(model, heard, 1, config["max_new"], temperature=temperature, top_p=top_p)
+    write_json(file, {"data": source, "maker": MAKER, "refs": refs, "hyps": hyps})
+    return refs, hyps
 
 
 # ---------------------------------------------------------------------------------------------- the papers' tables
@@ -463,38 +493,6 @@ def agreement(hyps):
     return np.array([(sum(sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
 
 
-def set_and_source(name, own):
-    """NAME, of a run's `own` corpus, NAME@PATH or NAME@embedded -> NAME and the corpus's path, None for the embedded one."""
-    name, _, path = name.partition("@")
-    return name, {"": own, "embedded": None}.get(path, path)
-
-
-def kept_transcripts(folder, name, args, ears):
-    """References and transcripts of a stage on a set (see set_and_source), greedy or with --temperature samples: those that are there, if
-    of the same corpus and data.py; else made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's
-    stages share their encoder."""
-    config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
-    test, source = set_and_source(name, config["data"])
-    source = source and os.path.abspath(source)
-    stem = test + f"-{data.name_of(source)}" * ("@" in name) + f"-T{args.temperature}-p{args.top_p}" * (args.temperature > 0)
-    key = source, config["seed"], args.test_size, config["task"], config["lang"]
-    corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
-    if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
-        found = read_json(file)
-        same = found["refs"] == [item["target"] for item in corpus.data[test]] if source else len(found["refs"]) == args.test_size
-        if found["data"] == source and found.get("maker") == MAKER and same:
-            return found["refs"], found["hyps"]
-    model = load_model(folder, pick_device(args.device))
-    heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test)
-    refs = [item["target"] for item in heard]
-    if "max_new" not in config:  # of the stage read, which never wrote a transcript
-        config = read_json(os.path.join(run, "speech", "config.json"))
-    torch.manual_seed(0)  # of the samples, if any
-    hyps = transcribe(model, heard, max_new=config["max_new"], temperature=args.temperature, top_p=args.top_p)
-    keep_transcripts(folder, stem, source, refs, hyps)
-    return refs, hyps
-
-
 def folder_of(row, seed):
     """Where a row's stage lies, of this seed."""
     return os.path.join("runs", row[1].replace("{s}", seed))
@@ -530,7 +528,7 @@ def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
     for row in rows:
         (label, _, _, paper), figures, drawn = row, [], seen.setdefault(row[0], {})
         for s in filter(lambda s: finished(folder_of(row, s)), seeds):
-            refs, hyps = kept_transcripts(folder_of(row, s), name, args, ears)
+            refs, hyps = kept_transcripts(folder_of(row, s), name, ears, args.test_size, args.device, args.temperature, args.top_p)
             counts = agreement(hyps) if name == "voices" else counts_of(table["task"], refs, hyps, args.metric)
             drawn[s] = draws(counts, 0 if source else int(s))  # of recorded speech every seed has the same utterances
             entry = {**summary(table["task"], refs, hyps), "agree": drawn[s][0]}
@@ -867,14 +865,11 @@ def check_arguments(args, defaults):
     for key, why in unfit.items():
         if getattr(args, key) != defaults[key]:
             data.die(f"{'audio files' if key == 'files' else '--' + key.replace('_', '-')}: {why}; leave out one of the two")
-    if args.table == "rba" and args.data:
-        data.die("--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data")
-    if args.beam > 1 and args.temperature:
-        data.die(f"--beam {args.beam}: not with --temperature; leave one of them out")
-    if args.top_p != 1 and not args.temperature:
-        data.die(f"--top-p {args.top_p}: is of samples; give --temperature, too")
-    if not all(map(str.isdecimal, args.seeds.split(","))):
-        data.die(f"--seeds {args.seeds}: give whole numbers with commas between, such as 0,1,2")
+    data.refuse(
+        (args.table == "rba" and args.data, "--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data"),
+        (args.beam > 1 and args.temperature, f"--beam {args.beam}: not with --temperature; leave one of them out"),
+        (args.top_p != 1 and not args.temperature, f"--top-p {args.top_p}: is of samples; give --temperature, too"),
+        (not all(map(str.isdecimal, args.seeds.split(","))), f"--seeds {args.seeds}: give whole numbers with commas between, as 0,1,2"))
     try:
         shlex.split(args.flags)
     except ValueError as e:

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 import data
 import sft
 from encoder import length_mask
-from eval import autocast, hear_set, keep_transcripts, load_model, micro_batch, pick_device, print_table, transcribe, write_json
+from eval import autocast, kept_transcripts, load_model, micro_batch, pick_device, print_table, write_json
 from model import EOS, PAD, beam_search, generate
 from rewards import REWARDS, normalize, parse_reward
 
@@ -73,7 +73,7 @@ ALGOS = {
 SWITCHES = [*(key for key in GRPO if key != "steps"), "rollout", "temperature", "off_policy", "shaping", "overlong", "ce", "steps",
             "prompts", "updates", "lr", "grpo_muon", "max_draws", "grpo_dev_evals"]
 RBA = ("rba_group", "rba_single")
-AHEAD_MOST = 600  # of RL's batches, those heard during SFT (on a CPU) or kept for the control: with --prompts 24 some 600 MB
+KEPT = 600  # RL's batches that are kept for the control, at most: with --prompts 24 some 600 MB
 
 
 # ---------------------------------------------------------------------------------------------- the method
@@ -285,39 +285,34 @@ def main():
         parse_reward(args.reward)
     except ValueError as e:
         data.die(f"--reward {args.reward}: {e}")
-    if args.algo in RBA:
-        args.teacher_steps = args.teacher_steps or 600
-        unfit = args.G > 1 or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
-        if args.prompts % data.TAKES or unfit:
-            data.die(f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, dynamic sampling, --overlong or beam")
-        if args.data or args.init:
-            data.die(f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init")
-        if not (args.beta or args.ce):
-            data.die(f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce")
-    elif args.ce:
-        data.die(f"--ce {args.ce}: is for --algo rba_group and rba_single")
-    elif args.G < 2:
-        data.die(f"-G {args.G}: a group of one has no advantage; give 2 or more")
-    if args.off_policy == "duplicate" and args.rollout == "beam":
-        data.die("--off-policy duplicate: no two beams are equal; leave out --rollout beam")
-    if args.shaping and args.off_policy != "reference":
-        data.die(f"--shaping {args.shaping}: is for --off-policy reference")
+    rba = args.algo in RBA
+    unfit = args.G > 1 or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
+    data.refuse(
+        (rba and (args.prompts % data.TAKES or unfit),
+         f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, dynamic sampling, --overlong or beam"),
+        (rba and (args.data or args.init),
+         f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init"),
+        (rba and not (args.beta or args.ce), f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce"),
+        (rba and args.dry_run, f"--dry-run: is not for --algo {args.algo}, whose audio is invented first; leave it out"),
+        (args.ce and not rba, f"--ce {args.ce}: is for --algo rba_group and rba_single"),
+        (args.G < 2 and not rba, f"-G {args.G}: a group of one has no advantage; give 2 or more"),
+        (args.off_policy == "duplicate" and args.rollout == "beam",
+         "--off-policy duplicate: no two beams are equal; leave out --rollout beam"),
+        (args.shaping and args.off_policy != "reference", f"--shaping {args.shaping}: is for --off-policy reference"),
+        (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER),
+         f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}"))
+    args.teacher_steps = args.teacher_steps or 600 * rba
     args.control_batch = args.prompts  # the control hears what GRPO hears (with dynamic sampling, the first part of it)
     corpus = sft.finish_arguments(args)
     if args.overlong > args.max_new:
         data.die(f"--overlong {args.overlong}: more than the {args.max_new} tokens of --max-new")
-    if os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER):
-        data.die(f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}")
-    if args.dry_run and args.algo in RBA:
-        data.die(f"--dry-run: is not for --algo {args.algo}, whose audio is invented first; leave it out")
     if args.dry_run:
         return sft.print_plan(args, corpus, args.prompts, args.G, reference=bool(args.beta) and not args.ce)
     sft.check_stages(args)
     sft.check_config(*rl_config(args))
-    ahead = [("grpo", args.prompts, k) for k in range(sft.rank(), min(args.steps * args.accumulate, AHEAD_MOST) * sft.world(), sft.world())]
     sft.teach(args, corpus)
     for stage in sft.stages_to("speech", args):
-        sft.run_stage(stage, args, corpus, ahead if stage == "speech" else ())
+        sft.run_stage(stage, args, corpus)
     folder = train(args, corpus)
     sft.run_stage("control", args, corpus)
     if sft.rank() == 0:
@@ -358,7 +353,7 @@ def train(args, corpus):
     dev = sft.dev_set("speech", model, corpus, args) if sft.rank() == 0 else []
     most = args.steps * args.accumulate * (args.max_draws if args.dynamic_sampling else 1)
     control, *_, different, _ = sft.stage_plan("control", args)  # which will ask for these again, if it has yet to run
-    again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(AHEAD_MOST * sft.world(), different)
+    again = 0 if os.path.exists(os.path.join(control, "last.pt")) else min(KEPT * sft.world(), different)
     keys = [("grpo", args.prompts, k * sft.world() + sft.rank()) for k in range(drawn, most)]
     supply = sft.heard(keys, model, corpus, args, device, keep=again)
     score = lambda: sft.dev_score("grpo", model, dev, corpus, device, args.max_new, args.dev_sampled)
@@ -369,7 +364,6 @@ def train(args, corpus):
         drawn += len(parts)
         row["drawn"] = drawn * sft.world()
         update(parallel, reference, opts, parameters, parts, args, row, row["step"], device)
-    sft.AHEAD.clear()  # with dynamic sampling batches are left over, and workers that make them
     return folder
 
 
@@ -457,24 +451,16 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
 
 def report(args, corpus, folder):
     """Evaluates SFT, SFT continued and GRPO on every test set, prints the table, writes result.json."""
-    device = pick_device(args.device)
-    paths = {"SFT": "speech", "SFT continued": "control", f"{args.algo} ({args.reward})": os.path.basename(folder)}
-    *_, last = paths
-    result = {"config": vars(args), "sets": {}, "seconds": {}}
-    heard, hyps = {}, {test: {} for test in corpus.tests}
-    for name, path in paths.items():
-        for line in sft.read_log(os.path.join("runs", args.name, path))[-1:]:  # a stage of 0 steps has none
-            result["seconds"][name] = line["seconds"]
-        model = load_model(os.path.join("runs", args.name, path), device)  # one at a time: large ones may not fit together
-        for test in corpus.tests:
-            heard[test] = heard.get(test) or hear_set(model, corpus, test, args.workers)
-            hyps[test][name] = transcribe(model, heard[test], max_new=args.max_new)
-        del model
-    print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in result["seconds"].items()))
+    paths = {name: os.path.join("runs", args.name, stage) for name, stage in (("SFT", "speech"), ("SFT continued", "control"))}
+    last = f"{args.algo} ({args.reward})"
+    paths[last] = folder
+    seconds = {name: line["seconds"] for name, path in paths.items() for line in sft.read_log(path)[-1:]}  # a stage of 0 steps has none
+    result = {"config": vars(args), "sets": {}, "seconds": seconds}
+    print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()))
+    ears = {(args.data, args.seed, args.test_size, args.task, args.lang): corpus}
     for test in corpus.tests:
-        refs, rows = [item["target"] for item in heard[test]], hyps[test]
-        for name, path in paths.items():
-            keep_transcripts(os.path.join("runs", args.name, path), test, args.data, refs, rows[name])
+        found = {name: kept_transcripts(path, test, ears, args.test_size, args.device) for name, path in paths.items()}
+        refs, rows = found["SFT"][0], {name: hyps for name, (_, hyps) in found.items()}
         result["sets"][test] = print_table(test, args.task, refs, rows, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: rows["SFT"][i] == rows[last][i])[:3]:  # where they differ, if so
             print(f"  reference  {refs[i]}\n  SFT        {rows['SFT'][i]}\n  {args.algo:10} {rows[last][i]}")

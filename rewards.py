@@ -75,17 +75,22 @@ def edit_counts(ref, hyp):
 
     Two strings, taken as given (no normalisation) and split as jiwer does.  Counts are ints, in words.  Of
     the alignments with the fewest edits, this is the one that jiwer 4 (rapidfuzz) reports.  Levenshtein
-    distance by dynamic programming (Wagner and Fischer 1974): time and memory grow as the product of lengths.
+    distance by dynamic programming (Wagner and Fischer 1974), a bit an entry: time and memory grow as the product of lengths.
     """
     return _edits(_split_words(ref), _split_words(hyp))
 
 
 def _edits(ref, hyp):
-    """edit_counts of two sequences of anything: words, or the characters of a string."""
+    """edit_counts of two sequences of anything: words, or the characters of a string.
+
+    Column j of the table of costs, of the first i items of ref against the first j of hyp, as two integers: bit i of `up` (`down`)
+    says that cost[i + 1] is cost[i] plus (minus) 1.  A few operations on whole integers make the next column (Myers 1999, in the
+    form of Hyyro 2003): rewards are what training waits for.
+    """
     if ref == hyp:  # the commonest case late in training
         return 0, 0, 0
-    # Some minimal alignment matches the words shared at both ends.  Leaving them out is faster and, at the
-    # end, part of the tie-breaking: "c b e" -> "b e a e" is (2, 0, 1) with e and e matched, else (0, 1, 2).
+    # Some minimal alignment matches what is shared at both ends.  Leaving it out is faster and, at the end, part of
+    # the tie-breaking: "c b e" -> "b e a e" is (2, 0, 1) with e and e matched, else (0, 1, 2).
     start, ref_end, hyp_end = 0, len(ref), len(hyp)
     while start < min(ref_end, hyp_end) and ref[start] == hyp[start]:
         start += 1
@@ -93,57 +98,33 @@ def _edits(ref, hyp):
         ref_end, hyp_end = ref_end - 1, hyp_end - 1
     ref, hyp = ref[start:ref_end], hyp[start:hyp_end]
 
-    # cost[i][j]: fewest edits from the first i words of ref to the first j words of hyp.
-    above = list(range(len(hyp) + 1))
-    cost = [above]
-    for i, word in enumerate(ref, 1):
-        left, row = i, [i]
-        for j, other in enumerate(hyp):
-            best = above[j]
-            if word != other:  # comparisons, not min(): this loop is where training would wait
-                if above[j + 1] < best:
-                    best = above[j + 1]
-                if left < best:
-                    best = left
-                best += 1
-            row.append(best)
-            left = best
-        cost.append(row)
-        above = row
+    where, full = {}, (1 << len(ref)) - 1
+    for i, word in enumerate(ref):
+        where[word] = where.get(word, 0) | 1 << i  # bit i: word i of ref is this one
+    up, down = full, 0                             # before the first word of hyp: costs 0, 1, 2 ..
+    columns = [(up, down)]
+    for word in hyp:
+        same = where.get(word, 0)
+        diagonal = (((same & up) + up) ^ up) | same | down        # bit i: no dearer than its neighbour up and left
+        more, less = (down | full & ~(diagonal | up)) << 1 | 1, (up & diagonal) << 1        # than its left neighbour, by 1
+        up, down = full & (less | ~(diagonal | more)), more & diagonal
+        columns.append((up, down))
 
     # Walk back from the end.  Ties, as rapidfuzz breaks them: a deletion wherever one is optimal; else an
     # insertion, unless a substitution costs the same (an insertion does beat a match); else the diagonal.
     substitutions = deletions = insertions = 0
     i, j = len(ref), len(hyp)
     while i and j:
-        if cost[i - 1][j] < cost[i][j]:
+        if columns[j][0] >> i - 1 & 1:             # cost[i - 1][j] < cost[i][j]
             deletions += 1
             i -= 1
-        elif cost[i][j - 1] < cost[i - 1][j - 1]:
+        elif columns[j - 1][1] >> i - 1 & 1:       # cost[i][j - 1] < cost[i - 1][j - 1]
             insertions += 1
             j -= 1
         else:
             i, j = i - 1, j - 1
             substitutions += ref[i] != hyp[j]
     return substitutions, deletions + i, insertions + j
-
-
-def edit_distance(ref, hyp):
-    """The sum of `_edits` of two sequences, without the alignment and several times as fast: rewards are what training waits for.
-
-    A column of the table of costs as two integers: bit i of `up` (`down`) says that cost[i + 1] is cost[i] plus (minus) 1. A few
-    operations on whole integers make the next word's column (Myers 1999, in the form of Hyyro 2003).
-    """
-    where, full = {}, (1 << len(ref)) - 1
-    for i, word in enumerate(ref):
-        where[word] = where.get(word, 0) | 1 << i  # bit i: word i of ref is this one
-    up, down = full, 0                             # before the first word of hyp: costs 0, 1, 2 ..
-    for word in hyp:
-        same = where.get(word, 0)
-        diagonal = (((same & up) + up) ^ up) | same | down        # bit i: no dearer than its neighbour up and left
-        more, less = (down | full & ~(diagonal | up)) << 1 | 1, (up & diagonal) << 1        # than its left neighbour, by 1
-        up, down = full & (less | ~(diagonal | more)), more & diagonal
-    return len(hyp) + up.bit_count() - down.bit_count()
 
 
 # ------------------------------------------------------------------------------------------- word error rate
@@ -313,9 +294,8 @@ def meteor(ref, hyp, alpha=0.9, beta=3.0, gamma=0.5):
 
 def wer_reward(ref, hyp):
     """-(S + D + I) / N on normalised text, N = max(1, words of ref).  At most 0, and not bounded below."""
-    ref, hyp = normalize(ref), normalize(hyp)
-    ref, hyp = ref.split(), hyp.split()
-    return -edit_distance(ref, hyp) / max(1, len(ref))
+    ref, hyp = normalize(ref).split(), normalize(hyp).split()
+    return -sum(_edits(ref, hyp)) / max(1, len(ref))
 
 
 def exact_match_reward(ref, hyp):
@@ -325,13 +305,13 @@ def exact_match_reward(ref, hyp):
 
 def edit_distance_reward(ref, hyp):
     """-(S + D + I) on normalised text, in words: an utterance weighs by its errors, whatever its length."""
-    return float(-edit_distance(normalize(ref).split(), normalize(hyp).split()))
+    return float(-sum(_edits(normalize(ref).split(), normalize(hyp).split())))
 
 
 def character_error_reward(ref, hyp):
     """-(S + D + I) / N in characters of normalised text, N = max(1, characters of ref)."""
     ref, hyp = normalize(ref), normalize(hyp)
-    return -edit_distance(ref, hyp) / max(1, len(ref))
+    return -sum(_edits(ref, hyp)) / max(1, len(ref))
 
 
 # Rewards by name.  To add one, write a function of (ref, hyp) that returns a float, higher for better, and

@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import json
 import math
@@ -53,7 +52,8 @@ from tqdm import tqdm
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
 from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, keep_pages, limits, listen, load_model, loader,
-                  micro_batch, pick_device, read_json, read_log, shortfall, transcribe, write_json)
+                  micro_batch, pick_device, read_json, read_log, replacing, shortfall, transcribe,
+                  write_json)
 from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -89,10 +89,12 @@ def add_arguments(p):
     p.add_argument("--dialogues", type=int, default=12000, help="how many it invents")
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
-    p.add_argument("--speech-batches", type=int, default=420, help="different batches it hears, and keeps; the first are the encoder's")
+    p.add_argument("--speech-batches", type=int,
+                   help="different batches it hears, and keeps; the first are the encoder's; default: 420, embedded ast and sqa 1300")
     p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
     for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""),
-                                   ("read", None, 3e-3, "; 0 leaves it out; default: 600, for sqa 1200"), ("speech", 2600, 3e-3, ""),
+                                   ("read", None, 3e-3, "; 0 leaves it out; default: 600, for sqa 1200"),
+                                   ("speech", None, 3e-3, "; default: 2600, embedded ast and sqa 8000"),
                                    ("control", 1250, 5e-4, ", SFT continued; grpo.py's default: about as long as RL's --steps take")):
         p.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"optimiser steps of the stage {stage}{note}")
         p.add_argument(f"--{stage}-lr", type=float, default=lr, help=f"peak learning rate of the stage {stage}")
@@ -217,50 +219,25 @@ def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     join_processes(args.device)
     args.data = os.path.abspath(args.data) if args.data else None
-    if args.init and not finished(args.init):
-        data.die(f"--init {args.init}: no finished stage; give the folder of one, such as runs/embedded-0/speech")
-    if args.init and read_json(os.path.join(args.init, "config.json")).get("stage") in ("encoder", "text", "read"):
-        data.die(f"--init {args.init}: has heard no speech yet; give a run's speech, control or RL stage")
-    if args.name and (os.sep in args.name or args.name in (".", "..")):
-        data.die(f"--name {args.name}: the name of a folder under runs/, without {os.sep}")
-    if args.init and not args.name:
-        data.die(f"--init {args.init}: give the run that begins with it a --name of its own")
-    if args.encoder and not finished(args.encoder):
-        data.die(f"--encoder {args.encoder}: no finished stage; give the folder of one, such as runs/embedded-0/encoder")
-    if args.init and args.encoder:
-        data.die(f"--encoder {args.encoder}: --init brings an encoder of its own; leave one of the two out")
+    for flag, folder in (("init", args.init), ("encoder", args.encoder)):
+        if folder and not finished(folder):
+            example = "runs/embedded-0/" + {"init": "speech"}.get(flag, flag)
+            data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as {example}")
+    # Transcription is learned in a minute and a half, as the first command is to take minutes; the others until dev stays.
+    steps, different = (2600, 420) if args.task == "asr" or args.data or args.teacher_steps else (8000, 1300)
     task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
+    for key, default in dict(spec_augment=int(args.data is not None), read_steps=1200 if args.task == "sqa" else 600, speech_steps=steps,
+                             speech_batches=different, control_batches=getattr(args, "steps", 200) * args.accumulate * world()).items():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
+    check_flags(args)
     args.name = args.name or "-".join(filter(None, [data.name_of(args.data), task, taught, str(args.seed)]))
-    args.spec_augment = int(args.data is not None) if args.spec_augment is None else args.spec_augment
-    if args.read_steps is None:
-        args.read_steps = 1200 if args.task == "sqa" else 600
-    if args.control_batches is None:
-        args.control_batches = getattr(args, "steps", 200) * args.accumulate * world()
-    for key, value in vars(args).items():
-        least = 0 if key in MAY_BE_ZERO or isinstance(value, bool) else 1 if isinstance(value, int) else 1e-12
-        if isinstance(value, (int, float)) and not least <= value < 2**32:
-            data.die(f"--{key.replace('_', '-')} {value}: not from {least} to {2**32}; see --help for what it means and its default")
-    pick_device(args.device)
-    if args.domain != "hard" and (args.data or not args.init):
-        data.die(f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init")
-    if args.lang != "de" and not (args.task == "ast" and args.data):
-        data.die(f"--lang {args.lang}: is for --task ast with --data; the embedded corpus is translated into German alone")
-    if not (args.views or args.data):
-        data.die("--views 0: is for recorded speech; give --data")
-    if args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)):
-        data.die("--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)")
-    if getattr(args, "graph", False) and (args.shard or args.rollout == "beam" or pick_device(args.device).type == "cpu"):
-        data.die("--graph: not on a CPU, with --rollout beam or with --shard; leave it out")
-    if args.dialogues < 20:
-        data.die(f"--dialogues {args.dialogues}: too few; four fifths are for SFT, a twentieth for dev, the rest for RL")
-    if args.teacher_steps and (args.data or args.init):
-        data.die(f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init")
     keep_pages()
     use_cores(args.workers)
     corpus = data.open_corpus(args.data, args.seed, args.test_size, args.task, args.lang, args.domain, args.views)
     args.contents = corpus.contents if args.data else None
-    for kept in (MADE, HEARD, AHEAD):
-        kept.clear()
+    MADE.clear()
+    HEARD.clear()
     if args.data and not (corpus.data["train"] and corpus.sets.get("dev")):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     if args.init or args.max_new is None:
@@ -274,6 +251,33 @@ def finish_arguments(args):
     return corpus
 
 
+def check_flags(args):
+    """Ends the program where a number is out of range (or nan), or where flags do not go together."""
+    for key, value in vars(args).items():
+        least = 0 if key in MAY_BE_ZERO or isinstance(value, bool) else 1 if isinstance(value, int) else 1e-12
+        if isinstance(value, (int, float)) and not least <= value < 2**32:
+            data.die(f"--{key.replace('_', '-')} {value}: not from {least} to {2**32}; see --help for what it means and its default")
+    on_cpu = pick_device(args.device).type == "cpu"
+    data.refuse(
+        (args.init and read_json(os.path.join(args.init, "config.json")).get("stage") in ("encoder", "text", "read"),
+         f"--init {args.init}: has heard no speech yet; give a run's speech, control or RL stage"),
+        (args.name and (os.sep in args.name or args.name in (".", "..")), f"--name {args.name}: a folder under runs/, without {os.sep}"),
+        (args.init and not args.name, f"--init {args.init}: give the run that begins with it a --name of its own"),
+        (args.init and args.encoder, f"--encoder {args.encoder}: --init brings an encoder of its own; leave one of the two out"),
+        (args.domain != "hard" and (args.data or not args.init),
+         f"--domain {args.domain}: is for the embedded corpus and a model that exists; leave out --data and give --init"),
+        (args.lang != "de" and not (args.task == "ast" and args.data),
+         f"--lang {args.lang}: is for --task ast with --data; the embedded corpus is translated into German alone"),
+        (not (args.views or args.data), "--views 0: is for recorded speech; give --data"),
+        (args.shard and (world() == 1 and not args.dry_run or args.muon or getattr(args, "grpo_muon", 0)),
+         "--shard: is for torchrun and AdamW alone, since Muon wants whole matrices; give --muon 0 (and --grpo-muon 0)"),
+        (getattr(args, "graph", False) and (args.shard or args.rollout == "beam" or on_cpu),
+         "--graph: not on a CPU, with --rollout beam or with --shard; leave it out"),
+        (args.dialogues < 20, f"--dialogues {args.dialogues}: too few; four fifths are for SFT, a twentieth for dev, the rest for RL"),
+        (args.teacher_steps and (args.data or args.init),
+         f"--teacher-steps {args.teacher_steps}: the synthesiser speaks the teacher's sentences; leave out --data and --init"))
+
+
 def use_cores(workers):
     """One core for each busy worker, the rest for the model: threads that wait for a busy core cost more than they bring."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # fewer under taskset, slurm
@@ -282,12 +286,12 @@ def use_cores(workers):
 
 # ---------------------------------------------------------------------------------------------- runs on disk
 def save(path, state):
-    """torch.save under a temporary name, then renamed: whoever reads `path` sees all of a checkpoint or the one before."""
+    """torch.save, by the first process."""
     if rank():
         return
     try:
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with replacing(path, "wb") as f:
+            torch.save(state, f)
     except (OSError, RuntimeError) as e:
         data.die(f"{path}: cannot be written ({str(e).splitlines()[0]}); make room and call again: the checkpoint before is still there")
 
@@ -305,34 +309,16 @@ def check_config(folder, config, remedy="--name"):
             data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
 
 
-def take_turns(folder):
-    """Waits until no other program trains in a folder, as when rows of a table run side by side and share SFT and control; it is this
-    program's until it goes on to another folder, or ends."""
-    while LOCK:
-        fcntl.flock(LOCK.pop(), fcntl.LOCK_UN)  # as closing it would not: workers hold it open, too
-    LOCK.append(open(os.path.join(folder, "lock"), "w"))
-    try:
-        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{folder}: waiting for the program that trains there", file=sys.stderr)
-        fcntl.flock(LOCK[0], fcntl.LOCK_EX)
-
-
 def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns the row of metrics that last.pt holds, {"step": 0} in a new run."""
-    if rank() == 0:
-        with contextlib.suppress(OSError):  # no right to write: said below; no locks on that disk: then without
-            os.makedirs(folder, exist_ok=True)
-            take_turns(folder)
-    wait()
     check_config(folder, config, remedy)
-    path, last = (os.path.join(folder, name) for name in ("config.json", "last.pt"))
-    row = last_state(folder, json.loads(json.dumps(config)))["row"] if os.path.exists(last) else {"step": 0}
+    there = os.path.exists(os.path.join(folder, "last.pt"))
+    row = last_state(folder, json.loads(json.dumps(config)))["row"] if there else {"step": 0}
     wait()
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
-            write_json(path, config)
+            write_json(os.path.join(folder, "config.json"), config)
         except OSError as e:
             data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
     wait()
@@ -401,9 +387,8 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
         torch.manual_seed(seed + 1000 * (1 + rank()) + 10**6 * first)
     path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
     if rank() == 0:  # lines after the checkpoint's step will come again
-        with open(path + ".tmp", "w") as f:
+        with replacing(path) as f:
             f.writelines(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= first)
-        os.replace(path + ".tmp", path)
     log = open(path, "a", buffering=1)
     bar = tqdm(range(first, steps), desc=f"{label:8}", initial=first, total=steps, disable=rank() > 0)
     started, saved = time.time() - row.get("seconds", 0.0), time.time()
@@ -494,8 +479,6 @@ def cosine(step, steps, warmup):
 # ---------------------------------------------------------------------------------------------- data for a stage
 MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 600 MB
 HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; some 500 MB
-LOCK = []   # the open file by which this program holds a stage's folder
-AHEAD = {}  # key -> the iterator that will yield it: what the workers hear during a stage for the stage after it
 
 
 def make(corpus, ear, keys):
@@ -529,22 +512,19 @@ def batches(corpus, keys, workers, ear=None, depth=2):
             yield key, tuple(torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in batch)
 
 
-def heard(keys, model, corpus, args, device, keep=0, ahead=()):
+def heard(keys, model, corpus, args, device, keep=0):
     """Yields (key, (frames (B, T', D), lengths, items)) for each key. Those numbered below `keep` stay in HEARD, to come again.
 
-    On a CPU the workers hear, beside the training, and after these keys go on with `ahead`, which a later call will want; on a GPU they
-    make features and this process hears. AHEAD[key] is the iterator that will bring `key`, one for many keys: it may bring others
-    first, which wait in HEARD.
+    On a CPU the workers hear, beside the training; on a GPU they make features and this process hears. They bring a group's batches
+    together: what is not yet asked for waits in HEARD.
     """
     ear = model if device.type == "cpu" else None
-    missing = [key for key in dict.fromkeys((*keys, *(ahead if ear else ()))) if key not in HEARD and key not in AHEAD]
+    missing = [key for key in dict.fromkeys(keys) if key not in HEARD]
     # What is kept anyway may be heard as early as the workers can; else they wait when they are two groups ahead.
     made = batches(corpus, missing, args.workers, ear, depth=200 if all(key[2] < keep for key in keys) else 2)
-    AHEAD.update((key, made) for key in missing)
     for key in keys:
         while key not in HEARD:
-            got, batch = next(AHEAD[key])
-            del AHEAD[got]
+            got, batch = next(made)
             HEARD[got] = batch if ear else listen(model, batch, device, got[0] == "speech")
         yield key, HEARD[key] if key[2] < keep else HEARD.pop(key)
 
@@ -803,8 +783,8 @@ def check_stages(args, last="control"):
 
 
 # ---------------------------------------------------------------------------------------------- loop
-def run_stage(stage, args, corpus, ahead=()):
-    """Trains one stage, or goes on with it, or finds it done. Returns its folder. ahead: keys for `heard` that RL will want."""
+def run_stage(stage, args, corpus):
+    """Trains one stage, or goes on with it, or finds it done. Returns its folder."""
     folder, steps, lr, size, stream, fresh, before = stage_plan(stage, args)
     row = open_run(folder, stage_config(stage, args))
     if args.init and stage == "speech":
@@ -844,7 +824,7 @@ def run_stage(stage, args, corpus, ahead=()):
     order = replay(args.encoder_steps * each, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
     order = [(stream, size, k) for k in order[first * each + rank()::world()]]
     if stage in ("speech", "control"):
-        supply = heard(order, model, corpus, args, device, keep=fresh if fresh < draws else 0, ahead=ahead)
+        supply = heard(order, model, corpus, args, device, keep=fresh if fresh < draws else 0)
     else:
         supply = batches(corpus, order, args.workers)
     use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
@@ -910,9 +890,8 @@ def teach(args, corpus):
                     data.die(f"{folder}: of {drawn} dialogues {len(found)} were usable and new; give more --teacher-steps")
         # By a hash of the sentence: so its dialogues lie together, and what is dealt out to SFT, RL and dev shares next to no sentence.
         found = sorted(list(found.values())[:args.dialogues], key=lambda d: zlib.crc32(d["text"].encode()))
-        with open(path + ".tmp", "w") as f:
+        with replacing(path) as f:
             f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in found)
-        os.replace(path + ".tmp", path)
         use_cores(args.workers)
     wait()
     try:

@@ -21,7 +21,6 @@ import signal
 import string
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import unicodedata
@@ -152,15 +151,31 @@ def test_edit_counts_follow_the_definition():
     with pytest.raises(AssertionError):
         check(position_by_position)
 
-    def check_distance(distance):
-        rng = random.Random(0)
-        pairs = [[[rng.choice("abcd") for _ in range(rng.randrange(rng.choice((9, 90))))] for _ in range(2)] for _ in range(500)]
-        for ref, hyp in [*pairs, ("", ""), ("", "ab"), ("ab", "")]:            # over 64 words, too: integers have no width here
-            assert distance(ref, hyp) == sum(rewards._edits(ref, hyp))
 
-    check_distance(rewards.edit_distance)
+def walked_edits(ref, hyp):
+    """The whole table of costs, and the walk back through it: a deletion before an insertion before the diagonal."""
+    cost = [[max(i, j) if not i * j else 0 for j in range(len(hyp) + 1)] for i in range(len(ref) + 1)]
+    for i, j in itertools.product(range(1, len(ref) + 1), range(1, len(hyp) + 1)):
+        cost[i][j] = min(cost[i - 1][j] + 1, cost[i][j - 1] + 1, cost[i - 1][j - 1] + (ref[i - 1] != hyp[j - 1]))
+    i, j, counts = len(ref), len(hyp), [0, 0, 0]
+    while i and j:
+        kind = 1 if cost[i - 1][j] < cost[i][j] else 2 if cost[i][j - 1] < cost[i - 1][j - 1] else 0
+        counts[kind] += kind > 0 or ref[i - 1] != hyp[j - 1]
+        i, j = i - (kind != 2), j - (kind != 1)
+    return counts[0], counts[1] + i, counts[2] + j
+
+
+def test_edits_of_columns_of_bits_against_the_table_of_costs():
+    def check(edits):
+        rng = random.Random(0)
+        pairs = [[[rng.choice("abcd") for _ in range(rng.randrange(rng.choice((9, 90))))] for _ in range(2)] for _ in range(300)]
+        for ref, hyp in [*pairs, ("", ""), ("", "ab"), ("ab", "")]:            # over 64 words, too: integers have no width here
+            left = [[*"x", *ref, *"y"], [*"z", *hyp, *"w"]]                    # nothing shared at the ends, which both leave out
+            assert edits(*left) == walked_edits(*left)
+
+    check(rewards._edits)
     with pytest.raises(AssertionError):
-        check_distance(lambda ref, hyp: abs(len(ref) - len(hyp)) + sum(a != b for a, b in zip(ref, hyp)))
+        check(lambda ref, hyp: rewards._edits(ref[::-1], hyp[::-1]))           # as few edits, other ties
 
 
 def test_edit_counts_of_stored_jiwer_figures():
@@ -998,13 +1013,16 @@ def test_replay_brings_every_batch_and_none_again_too_soon():
 def test_workers_hear_what_the_model_would_hear_and_mask_only_speech():
     model, corpus, device = tiny_model(), data.open_corpus(None, 0, 3), torch.device("cpu")
     args = argparse.Namespace(workers=1)
-    keys, ahead = [("encoder", 3, 1), ("speech", 3, 0), ("encoder", 3, 1)], [("grpo", 3, 0), ("grpo", 3, 5)]
+    keys, more = [("encoder", 3, 1), ("speech", 3, 0), ("encoder", 3, 1)], [("grpo", 3, 5), ("grpo", 3, 0)]
     sft.HEARD.clear()
-    got = list(sft.heard(keys, model, corpus, args, device, keep=9, ahead=ahead))
-    assert list(sft.AHEAD) == ahead and got[2][1] is got[0][1]
-    got += sft.heard(ahead[1:], model, corpus, args, device)  # the first of them is not asked for: it waits in HEARD
-    assert not sft.AHEAD and ahead[0] in sft.HEARD
-    for ((stream, size, k), (frames, lengths, items)), key in zip(got, keys + ahead[1:], strict=True):
+    got = list(sft.heard(keys, model, corpus, args, device, keep=9))
+    assert got[2][1] is got[0][1]
+    supply = sft.heard(more, model, corpus, args, device)
+    got.append(next(supply))
+    assert more[1] in sft.HEARD  # made together with what was asked for, of whose group it is, and before it: it waits
+    got += supply
+    assert not any(key in sft.HEARD for key in more)
+    for ((stream, size, k), (frames, lengths, items)), key in zip(got, keys + more, strict=True):
         assert key == (stream, size, k)
         batch = collate(corpus.train_batch(stream, k, size))
         plain, n, rows = listen(model, batch, device, False)
@@ -1843,10 +1861,11 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
 
 
 ORPHANS = """
-import functools, multiprocessing, sys, time
+import multiprocessing, sys, time
 import numpy as np
 import eval as ev
-ev.watch = functools.partial(ev.watch, every=0.1) if sys.argv[1] == "watched" else None
+if sys.argv[1] == "alone":
+    ev.end_with_parent = None
 for _ in ev.loader(lambda key: np.ones(10**6), range(99), 1):
     print(multiprocessing.active_children()[0].pid, flush=True)
     time.sleep(99)
@@ -1863,14 +1882,14 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         worker = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
-        for _ in range(100 if how == "watched" else 10):
+        for _ in range(100 if how == "bound" else 10):
             time.sleep(0.1)
             if not os.path.exists(f"/proc/{worker}") or open(f"/proc/{worker}/stat").read().split(") ")[1][0] == "Z":
                 return
         os.kill(worker, signal.SIGKILL)
         raise AssertionError("still there")
 
-    check("watched")
+    check("bound")
     with pytest.raises(AssertionError):
         check("alone")
 
@@ -2385,7 +2404,7 @@ def test_kept_features_belong_to_one_file_and_one_recipe(tmp_path, monkeypatch):
         one = eval_module.features(str(tmp_path / "one" / "a.wav"))
     finally:
         sys.setprofile(None)
-    makers = {code for code in makers if not code.co_name.startswith("<") and code is not eval_module.features.__code__}
+    makers = {code for code in makers if not code.co_name.startswith("<") and code.co_name not in ("features", "replacing")}
     assert {"load_audio", "resample", "log_mel", "mel_filters"} <= {code.co_name for code in makers}
     for code in makers:
         assert inspect.getsource(code) in eval_module.RECIPE, code.co_name
@@ -2438,12 +2457,16 @@ def test_views_0_reaches_the_corpus(tmp_path):
         corpus = sft.finish_arguments(args)
         torch.set_num_threads(1)
         assert isinstance(corpus.train_batch("speech", 0, 1)[0]["audio"], kind)
-        assert args.read_steps == 600
+        assert (args.read_steps, args.speech_steps, args.speech_batches) == (600, 2600, 420)
         plans.append(sft.stage_config("encoder", args))
     assert plans[0] != plans[1]                                                # lest one goes on with the other's stages
     with pytest.raises(SystemExit):  # this corpus has no questions; but the default is known by then
         sft.finish_arguments(args := p.parse_args(["--data", folder, "--task", "sqa"]))
-    assert args.read_steps == 1200
+    assert (args.read_steps, args.speech_steps) == (1200, 2600)
+    for flags, steps in (("--task ast", 8000), ("--task sqa", 8000), ("--task sqa --teacher-steps 9", 2600), ("--task asr", 2600)):
+        with pytest.raises(SystemExit):
+            sft.finish_arguments(args := p.parse_args([*flags.split(), "--name", "a/b"]))
+        assert args.speech_steps == steps
 
 
 def alone(folder, monkeypatch, *flags):
@@ -2451,7 +2474,7 @@ def alone(folder, monkeypatch, *flags):
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
     args = p.parse_args(["--name", "x", "--max-new", "5", "--workers", "0", "--device", "cpu", "--dev-evals", "1", "--spec-augment", "0",
-                         "--control-batches", "9", "--read-steps", "9", *flags])
+                         "--control-batches", "9", "--read-steps", "9", "--speech-steps", "9", "--speech-batches", "9", *flags])
     args.contents = None
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sft, "use_cores", lambda workers: None)
@@ -2503,44 +2526,6 @@ def test_dev_is_judged_by_samples_where_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "dev_score", lambda *a: seen.append(a[-1]) or 1.0)
     grpo.train(rl_arguments(args, dev_sampled=True), corpus)
     assert seen == [True]
-
-
-WAITING = """
-import sys, sft
-sft.take_turns(".")
-print("mine", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_programs_take_turns_in_a_folder(tmp_path):
-    """Of two programs that want to train in one folder the second waits until the first goes on to another, or is killed."""
-    (tmp_path / "other").mkdir()
-    here = os.path.dirname(os.path.abspath(__file__))
-    started = []
-
-    def start():
-        started.append(subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": here}))
-        timer = threading.Timer(60, started[-1].kill)                          # a line that never comes is then an empty one
-        timer.daemon = True
-        timer.start()
-        return started[-1].stdout.readline
-
-    try:
-        sft.take_turns(str(tmp_path))
-        second = start()
-        assert "waiting" in second()
-        sft.take_turns(str(tmp_path / "other"))
-        assert second() == "mine\n"
-        third = start()
-        assert "waiting" in third()
-        started[0].kill()
-        assert third() == "mine\n"
-    finally:
-        sft.LOCK.clear()
-        for process in started:
-            process.kill()
 
 
 @pytest.mark.parametrize("stage", ["text", "read", "speech"])
@@ -2826,7 +2811,7 @@ def test_init_brings_its_tokenizer_and_its_history(tmp_path):
     (folder / "config.json").write_text('{"lr": 1}')
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
-    p.set_defaults(contents=None, read_steps=9)
+    p.set_defaults(contents=None, read_steps=9, speech_steps=9, speech_batches=9)
     args = p.parse_args(["--init", str(folder), "--name", "x", "--vocab", "38"])
     assert sft.tokenizer_of(corpus, args) == model.tokenizer_bytes
     before = sft.stage_config("speech", args)
@@ -2901,20 +2886,20 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     monkeypatch.setattr(data, "open_corpus", open_corpus)
     monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
     monkeypatch.setattr(eval_module, "hear_set", hear_set)
-    monkeypatch.setattr(eval_module, "transcribe", lambda _, items, max_new, **how: ["{temperature} {top_p}".format(**how)] * len(items))
+    monkeypatch.setattr(eval_module, "transcribe", lambda _, items, *a, **how: ["{temperature} {top_p}".format(**how)] * len(items))
 
     def kept(folder, name, n=2, part=0, **how):
-        args = argparse.Namespace(**{**dict(test_size=n, device="cpu", temperature=0.0, top_p=1.0), **how})
-        return eval_module.kept_transcripts(str(folder), name, args, ears)[part]
+        return eval_module.kept_transcripts(str(folder), name, ears, n, "cpu", **how)[part]
+
+    def left(folder, name, source, refs, hyps, maker=eval_module.MAKER):
+        eval_module.write_json(f"{folder}/{name}.hyps.json", {"data": source, "maker": maker, "refs": refs, "hyps": hyps})
 
     for folder in (*folders, *folders):
         assert kept(folder, "clean") == [f"None {folder.parent.name[-1]}"] * 2
     assert heard == [(None, 3, "clean"), (None, 4, "clean")]
     ears.clear()
     assert len(kept(folders[0], "clean", 5)) == 5 and len(heard) == 3
-    with monkeypatch.context() as patch:                                       # of an older synthesiser or grammar
-        patch.setattr(eval_module, "MAKER", 0)
-        eval_module.keep_transcripts(str(folders[1]), "clean", None, ["older"] * 5, ["x"] * 5)
+    left(folders[1], "clean", None, ["older"] * 5, ["x"] * 5, maker=0)         # of an older synthesiser or grammar
     assert kept(folders[1], "clean", 5) == ["None 3"] * 5
     for where in ("/x/corpus", "/y/corpus", "/y/corpus"):
         assert kept(folders[0], f"test@{where}") == [f"{where} 3"] * 2
@@ -2926,7 +2911,7 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (folders[0] / "config.json").write_text(json.dumps({"data": str(tmp_path / "c"), "seed": 3, "task": "asr", "lang": "de", "max_new": 9}))
     for refs, hyps in (([f"{tmp_path}/c 3"] * 2, ["x"] * 2), (["of an older manifest"] * 2, ["0.0 1.0"] * 2)):
-        eval_module.keep_transcripts("a-3/speech", "test", "c", refs, ["x"] * 2)  # by a relative path
+        left("a-3/speech", "test", str(tmp_path / "c"), refs, ["x"] * 2)
         assert kept(folders[0], "test", part=1) == hyps
 
 
