@@ -41,7 +41,7 @@ from tqdm import tqdm
 import data
 from encoder import HOP, N_FFT, SAMPLE_RATE, WINDOW, EncoderConfig, length_mask, log_mel, mel_filters, n_frames, spec_augment
 from model import BOS, EOS, INSTRUCTION, LLAMAS, PAD, LlamaConfig, SpeechLM, beam_search, generate, linear, train_tokenizer
-from rewards import REWARDS, bleu_counts, bleu_of, corpus_bleu, edit_counts, normalize, sentence_bleu, word_error_rate
+from rewards import REWARDS, bleu_counts, bleu_of, edit_counts, normalize, sentence_bleu
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -221,18 +221,13 @@ def listen(model, batch, device, augment=False):
     return frames, lengths, items
 
 
-def hear_all(model, batches, **bar):
-    """Runs the frozen encoder once over batches of features -> items, each with `frames` (T, D) on the CPU: 3 s of speech are 38 kB."""
+def hear_set(model, corpus, name, workers=1, n=None):
+    """Runs the frozen encoder once over a set, or its first n -> items, each with `frames` (T, D) on the CPU: 3 s of speech are 38 kB."""
     heard = []
-    for batch in tqdm(batches, leave=False, **bar):
+    for batch in tqdm(chunks(corpus, name, n, workers), desc=f"hear {name}", leave=False):
         frames, lengths, items = listen(model, batch, next(model.parameters()).device)
         heard += [{**item, "frames": row[:n].clone()} for item, row, n in zip(items, frames.float().cpu(), lengths.tolist())]
     return heard
-
-
-def hear_set(model, corpus, name, workers=1, n=None):
-    """`hear_all` of a set, or of its first n."""
-    return hear_all(model, chunks(corpus, name, n, workers), desc=f"hear {name}")
 
 
 # ---------------------------------------------------------------------------------------------- decoding a set
@@ -261,24 +256,25 @@ def transcribe(model, heard, beam=1, max_new=64, batch=64, temperature=0.0, top_
 
 
 # ---------------------------------------------------------------------------------------------- statistics
-def count_errors(refs, hyps):
-    """(n, 4) integers, a row an utterance: substitutions, deletions, insertions, reference words, on normalised text."""
-    pairs = zip(map(normalize, refs), map(normalize, hyps), strict=True)
-    return np.array([(*edit_counts(ref, hyp), len(ref.split())) for ref, hyp in pairs]).reshape(-1, 4)
-
-
 TEXT_METRICS = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL", "METEOR": "meteor"}
+# What a task's tables show; in result.json the same in lower case.
+COLUMNS = {"asr": ("WER", "Ins", "Del", "Sub", "CER", "ED", "EM"), **dict.fromkeys(("ast", "sqa"), ("BLEU", *TEXT_METRICS))}
 
 
 def counts_of(task, refs, hyps, metric=None):
-    """(n, c) numbers that add up over a corpus, of whose sums `rate` makes a metric: the WER (count_errors), its Sub, Del or Ins, BLEU
-    (bleu_counts, on normalised references) or a mean of TEXT_METRICS. None: the WER for ASR, else BLEU."""
-    if metric in TEXT_METRICS:
-        return np.array([(REWARDS[TEXT_METRICS[metric]](normalize(ref), hyp), 0, 0, 1) for ref, hyp in zip(refs, hyps)])
-    if task != "asr":
-        return np.array([bleu_counts(normalize(ref), hyp) for ref, hyp in zip(refs, hyps)])
-    parts = ("Sub", "Del", "Ins")
-    return count_errors(refs, hyps) * [*((metric not in parts or metric == part) for part in parts), 1]
+    """(n, c) numbers that add up over a corpus, of whose sums `rate` makes one of COLUMNS, None: the first. ASR, on normalised text: the
+    WER or its Sub, Del or Ins, by the reference words, the CER, by the characters, ED, the mean edits of an utterance, EM, the share of
+    the exact. Else BLEU or the mean of one of TEXT_METRICS, on normalised references and hypotheses as they are."""
+    metric, parts = metric or COLUMNS[task][0], ("Sub", "Del", "Ins")
+    pairs = list(zip(map(normalize, refs), map(normalize, hyps) if task == "asr" else hyps, strict=True))
+    if metric == "BLEU":
+        return np.array([bleu_counts(*pair) for pair in pairs])
+    if mean := {"EM": "em", **TEXT_METRICS}.get(metric):
+        return np.array([(REWARDS[mean](*pair), 0, 0, 1) for pair in pairs])
+    if metric == "CER":
+        pairs = [[" ".join(text.replace(" ", "_")) for text in pair] for pair in pairs]  # characters as words
+    counts = [(*edit_counts(ref, hyp), 100 if metric == "ED" else len(ref.split())) for ref, hyp in pairs]  # ED alone is not in percent
+    return np.array(counts).reshape(-1, 4) * [*(metric not in parts or metric == part for part in parts), 1]
 
 
 def rate(totals):
@@ -288,31 +284,11 @@ def rate(totals):
     return np.array([100.0 * bleu_of(row, False) for row in totals.tolist()])
 
 
-def shortfall(task, refs, hyps):
-    """What a task's dev set is judged by, lower is better: the WER, or for translations and answers 100 - BLEU."""
-    score = float(rate(counts_of(task, refs, hyps).sum(0, keepdims=True))[0])
-    return score if task == "asr" else 100 - score
-
-
-def columns(task):
-    """What a table of this task shows; in result.json the same in lower case."""
-    return ("WER", "Ins", "Del", "Sub", "CER", "ED", "EM") if task == "asr" else ("BLEU", *TEXT_METRICS)
-
-
 def summary(task, refs, hyps):
-    """One system on one set. ASR, on normalised text: the WER and its three parts in percent of the reference words, the CER in percent of
-    the characters, ED, the mean edits of an utterance, and EM, how many percent are exact. Else BLEU of the corpus and the means of ROUGE
-    and METEOR, in percent, on normalised references and hypotheses as they are."""
-    if task == "asr":
-        refs, hyps = (list(map(normalize, texts)) for texts in (refs, hyps))
-        (sub, dele, ins, words), n = count_errors(refs, hyps).sum(0), len(refs)
-        parts = {k: 100.0 * v / max(1, words) for k, v in (("wer", sub + dele + ins), ("ins", ins), ("del", dele), ("sub", sub))}
-        cer = word_error_rate(*([" ".join(text.replace(" ", "_")) for text in texts] for texts in (refs, hyps)))  # characters as words
-        exact = 100.0 * sum(ref == hyp for ref, hyp in zip(refs, hyps)) / n
-        return {**parts, "cer": cer, "ed": float(sub + dele + ins) / n, "em": exact, "utterances": n, "words": int(words)}
-    refs = list(map(normalize, refs))
-    means = {k.lower(): 100 * float(np.mean([REWARDS[name](*pair) for pair in zip(refs, hyps)])) for k, name in TEXT_METRICS.items()}
-    return {"bleu": corpus_bleu(refs, hyps), **means, "utterances": len(refs)}
+    """One system on one set: its COLUMNS in lower case, and how many utterances and, of ASR, reference words it is over."""
+    found = {name.lower(): float(rate(counts_of(task, refs, hyps, name).sum(0, keepdims=True))[0]) for name in COLUMNS[task]}
+    words = {"words": sum(len(normalize(ref).split()) for ref in refs)} if task == "asr" else {}
+    return {**found, "utterances": len(refs), **words}
 
 
 def draws(counts, seed=0):
@@ -337,7 +313,7 @@ def change(a, b):
 def print_table(name, task, refs, hyps, bases=()):
     """Prints a test set's table, a row for each model in hyps {model: transcripts}, then the last against each of `bases`. Returns the
     figures, as result.json holds them."""
-    names, entry, drawn, last = columns(task), {}, {}, list(hyps)[-1]
+    names, entry, drawn, last = COLUMNS[task], {}, {}, list(hyps)[-1]
     print(f"\n{name}: {len(refs)} utterances\n{'':<26}" + "".join(f"{c:>7}" for c in names) + f"   95% interval of the {names[0]}")
     for model, rows in hyps.items():
         drawn[model] = draws(counts_of(task, refs, rows))
@@ -517,7 +493,7 @@ def run_commands(commands):
 def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
     """One set of a paper's table, the one whose figures stand in its rows' `column`: the means over the seeds that are there, and the
     changes from each of `bases`."""
-    (test, source), of, names = set_and_source(name, args.data), table["sets"][name], columns(table["task"])
+    (test, source), of, names = set_and_source(name, args.data), table["sets"][name], COLUMNS[table["task"]]
     if source and not os.path.exists(source):
         print(f"\n{name}: not on this machine, left out")
         return
@@ -544,7 +520,7 @@ def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
     table, seeds = paper_table(args.table, args.data, args.flags, args.lang), args.seeds.split(",")
-    rows, bases, names, labels = table["rows"], table["bases"], columns(table["task"]), [label for label, *_ in table["rows"]]
+    rows, bases, names, labels = table["rows"], table["bases"], COLUMNS[table["task"]], [label for label, *_ in table["rows"]]
     if args.metric and args.metric not in names:
         data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
     if args.against:
@@ -583,9 +559,8 @@ def forward_flops(c, B, P, N, T):
 
 
 def micro_batch(c, P, G, T, device):
-    """Utterances in one backward pass, where --micro does not say: as many as keep attention's scores of their G responses of T tokens
-    against prompts of P positions, often the largest tensor, to 16 MB on a CPU and 128 on a GPU, but one at the least: larger pieces
-    take more memory and are no quicker."""
+    """Utterances in one backward pass, without --micro: as many as keep attention's scores of G responses of T tokens against prompts of
+    P positions, often the largest tensor, to 16 MB on a CPU and 128 on a GPU; larger pieces take more memory and are no quicker."""
     return max(1, (2**25 if device.type == "cuda" else 2**22) // (c.n_heads * G * T * P))
 
 
@@ -610,16 +585,15 @@ def clock(run, device, times=3):
     return float(np.median(taken[1:]))
 
 
-def limits(device, both=False):
-    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16) by the quicker of torch's own route,
-    which any program gets, and model.linear's; and bytes a second of a copy, read and written. both: first torch's own alone, too."""
+def limits(device):
+    """What this machine can do: operations a second of a large matrix product (fp32, on a GPU bf16) by torch's own route, which any program
+    gets, and by the quicker of that and model.linear's; and bytes a second of a copy, read and written."""
     n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (1536, torch.float32)
     a, layer = torch.randn(n, n, device=device, dtype=kind), torch.nn.Linear(n, n, bias=False, device=device, dtype=kind)
     source, target = torch.ones(2, 2**26, device=device)  # both written to: the first touch of a page costs more than a copy
     with torch.no_grad():
         own, ours = clock(lambda: a @ layer.weight, device), clock(lambda: linear(a, layer), device)
-    rates = [2 * n**3 / seconds for seconds in (own, min(own, ours))]
-    return *rates[not both:], 2 * source.nbytes / clock(lambda: target.copy_(source), device)
+    return 2 * n**3 / own, 2 * n**3 / min(own, ours), 2 * source.nbytes / clock(lambda: target.copy_(source), device)
 
 
 def peak_memory(device):
@@ -665,7 +639,7 @@ def bench_earshot(shape, device):
 
     out = {"sampling": clock(lambda: after_prompt(generate), device), "learning": clock(learn, device)}
     out |= {"GRPO step": sum(out.values()), "peak": peak_memory(device)}       # of a step: what follows may need more
-    out |= zip(("torch", "quicker", "copy"), limits(device, both=True))
+    out |= zip(("torch", "quicker", "copy"), limits(device))
     out |= {"prompt": clock(lambda: after_prompt(lambda *prompt: None), device),
             "beam search": clock(lambda: after_prompt(beam_search), device, 2)}
     if device.type == "cuda":
@@ -696,13 +670,9 @@ def bench_transformers(shape, device):
     peer = as_transformers(bench_model(shape)[0].llm).to(device)
     ids = torch.randint(7, peer.config.vocab_size, (B, P), device=device)
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, num_return_sequences=G)
-
-    def run(**how):
-        with torch.no_grad(), autocast(device):
-            peer.generate(ids, **options, **how)
-
-    return {"sampling": clock(lambda: run(do_sample=True, top_k=0), device, 2),
-            "beam search": clock(lambda: run(do_sample=False, num_beams=G), device, 2)}
+    with autocast(device):  # generate is without gradient by itself
+        return {"sampling": clock(lambda: peer.generate(ids, **options, do_sample=True, top_k=0), device, 2),
+                "beam search": clock(lambda: peer.generate(ids, **options, do_sample=False, num_beams=G), device, 2)}
 
 
 def bench_trl(shape, device):
@@ -818,8 +788,8 @@ def examine(args):
             data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
         asked = data.instruct(task, lang, args.question)
         for path in args.files:
-            heard = hear_all(model, [collate([{"audio": data.load_audio(path), "prompt": asked}])], disable=True)
-            print(f"{path}\t{write(model, heard)[0]}")
+            frames, n, items = listen(model, collate([{"audio": data.load_audio(path), "prompt": asked}]), device)
+            print(f"{path}\t{write(model, [{**items[0], 'frames': frames[0, :n].float()}])[0]}")
         return
 
     known = not args.data or os.path.abspath(args.data) == model.run.get("data")  # else all of it is for testing

@@ -139,8 +139,7 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.K, self.hd = c.n_heads, c.n_kv_heads, c.d // c.n_heads
         self.wq = nn.Linear(c.d, self.H * self.hd, bias=False)
-        self.wk = nn.Linear(c.d, self.K * self.hd, bias=False)
-        self.wv = nn.Linear(c.d, self.K * self.hd, bias=False)
+        self.wk, self.wv = (nn.Linear(c.d, self.K * self.hd, bias=False) for _ in range(2))
         self.wo = nn.Linear(self.H * self.hd, c.d, bias=False)
 
     def keys_values(self, x, rope):
@@ -248,8 +247,7 @@ class Llama(nn.Module):
 
 def causal_bias(at, S):
     """(T, S): row i, the position at[i], is 0 up to column at[i], itself, and -inf after it."""
-    seen = torch.arange(S, device=at.device) <= at[:, None]
-    return torch.zeros(seen.shape, device=at.device).masked_fill(~seen, -math.inf)
+    return torch.where(length_mask(at + 1, S), 0.0, -math.inf)
 
 
 class Prompt(NamedTuple):
@@ -257,6 +255,10 @@ class Prompt(NamedTuple):
     kv: list             # per layer: keys and values, (B, K, P, hd) each
     bias: torch.Tensor   # (B, 1, 1, P): 0, or -inf on the padding
     length: torch.Tensor  # (B,) without padding
+
+    def caches(self, N, longest):
+        """Preallocated keys and values for N responses of up to `longest` tokens: per layer (2, N, K, longest, hd)."""
+        return [k.new_zeros(2, N, k.shape[1], longest, k.shape[3]) for k, _ in self.kv]
 
 
 # ---------------------------------------------------------------------------------------------- speech LM
@@ -269,10 +271,7 @@ class SpeechLM(nn.Module):
         self.projection = nn.Linear(encoder_config.d, llama_config.d)
         self.llm = Llama(llama_config)
         self.tokenizer_bytes, self.tokenizer = tokenizer_bytes, load_tokenizer(tokenizer_bytes)
-
-    def configs(self):
-        """What `SpeechLM(*..)` needs to build this model again."""
-        return self.encoder.config, self.llm.config, self.tokenizer_bytes
+        self.configs = encoder_config, llama_config, tokenizer_bytes           # what `SpeechLM(*..)` needs to build this model again
 
     def forward(self, run):
         """run(self). DDP and FSDP do their work when a model's forward is called: a training pass is a function that comes in here."""
@@ -307,8 +306,7 @@ class SpeechLM(nn.Module):
         P = x.shape[1]
         _, kv = self.llm(x, torch.arange(P, device=x.device)[None], kv_only=True)
         kv = [(k.contiguous(), v.contiguous()) for k, v in kv]  # or each product with them, of each step, would copy them
-        bias = torch.zeros(len(x), P, device=x.device).masked_fill(~length_mask(length, P), -math.inf)
-        return Prompt(kv, bias[:, None, None], length)
+        return Prompt(kv, torch.where(length_mask(length, P), 0.0, -math.inf)[:, None, None], length)
 
     def extend(self, tokens, prompt=None, caches=None, start=0):
         """Hidden states (N, T, D) of response tokens (N, T), row n after prompt n // G; without a prompt, of plain text.
@@ -349,11 +347,6 @@ class SpeechLM(nn.Module):
         parts = [checkpoint(score, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk, 1), targets.split(chunk, 1))]
         return tuple(torch.cat(p, dim=1) for p in zip(*parts))
 
-    def new_caches(self, N, longest, like):
-        """Preallocated keys and values for N responses of up to `longest` tokens: per layer (2, N, K, longest, hd)."""
-        c = self.llm.config
-        return [like.new_zeros(2, N, c.n_kv_heads, longest, c.d // c.n_heads) for _ in range(c.n_layers)]
-
     def decode(self, tokens, lengths):
         """Token rows (N, T), valid for `lengths` (N,) -> N strings; <EOS> and the other control tokens are silent."""
         return self.tokenizer.decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())])
@@ -361,11 +354,8 @@ class SpeechLM(nn.Module):
 
 def right_pad(rows, device=None):
     """Lists of token ids -> (B, max n) filled with PAD on the right, and lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    out = torch.full((len(rows), max(1, int(lengths.max()))), PAD)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return out.to(device), lengths.to(device)
+    out = pad_sequence([torch.tensor(row or [PAD]) for row in rows], batch_first=True, padding_value=PAD)
+    return out.to(device), torch.tensor([len(row) for row in rows]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -400,7 +390,7 @@ def generate(model, prompt, G=1, max_new=48, temperature=1.0, top_k=None, top_p=
     """
     assert not graph or repetition_penalty == 1
     N, device = len(prompt.length) * G, prompt.length.device
-    caches = model.new_caches(N, max_new, prompt.kv[0][0])
+    caches = prompt.caches(N, max_new)
     tokens = torch.full((N, max_new), PAD, device=device)
     logps = torch.zeros(N, max_new, device=device)
     token = torch.full((N, 1), BOS, device=device)
@@ -453,35 +443,26 @@ def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
     """
     B, device, V = len(prompt.length), prompt.length.device, model.llm.config.vocab
     N = B * W
-    caches = model.new_caches(N, max_new, prompt.kv[0][0])
+    caches = prompt.caches(N, max_new)
     tokens = torch.full((N, max_new), PAD, device=device)
-    logp = torch.full((B, W), -math.inf, device=device)
-    logp[:, 0] = 0  # W copies of nothing would find the same W hypotheses: begin with one
-    lengths = torch.zeros(B, W, device=device)
-    done = torch.zeros(B, W, dtype=torch.bool, device=device)
-    token = torch.full((N, 1), BOS, device=device)
     first_row = torch.arange(B, device=device)[:, None] * W
-    only_pad = torch.full((V,), -math.inf, device=device)
-    only_pad[PAD] = 0
+    logp = torch.full((N,), -math.inf, device=device)
+    logp[::W] = 0  # W copies of nothing would find the same W hypotheses: begin with one
+    lengths, done = torch.zeros(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
+    token = torch.full((N,), BOS, device=device)
+    only_pad = torch.where(torch.arange(V, device=device) == PAD, 0.0, -math.inf)
     with packed(model.llm):
         for t in range(max_new):
-            step = model.llm.logits(model.extend(token, prompt, caches, t))[:, -1].log_softmax(-1).view(B, W, V)
-            step = torch.where(done[..., None], only_pad, step)                    # (B, W, V)
-            total = logp[..., None] + step                                         # (B, W, V)
-            length = (lengths + ~done)[..., None]                                  # (B, W, 1)
-            best = (total / length ** length_penalty).flatten(1).topk(W, dim=1).indices       # (B, W) of W * V
-            parent, token = best // V, best % V
-            logp = total.flatten(1).gather(1, best)
-            rows = (first_row + parent).flatten()                                  # (N,)
-            done, lengths = done.gather(1, parent), lengths.gather(1, parent)
-            tokens = tokens[rows]
-            tokens[:, t] = token.flatten()
+            step = model.llm.logits(model.extend(token[:, None], prompt, caches, t))[:, -1].log_softmax(-1)
+            total = logp[:, None] + torch.where(done[:, None], only_pad, step)     # (N, V)
             lengths = lengths + ~done
-            done = done | (token == EOS)
+            best = (total / lengths[:, None] ** length_penalty).view(B, W * V).topk(W, dim=1).indices      # (B, W), the best first
+            rows, token = (first_row + best // V).flatten(), best.flatten() % V    # (N,): the parents, and what follows them
+            logp, lengths, tokens = total[rows, token], lengths[rows], tokens[rows]
+            tokens[:, t] = token
+            done = done[rows] | (token == EOS)
             for cache in caches:  # the rows follow their parents; only the part that is written
                 cache[:, :, :, :t + 1] = cache[:, rows, :, :t + 1]
-            token = token.view(N, 1)
             if t % 4 == 3 and done.all():
                 break
-    lengths = lengths.flatten()                                                # topk has put the best first
-    return tokens[:, :int(lengths.max())], lengths.long(), logp.flatten() / lengths ** length_penalty
+    return tokens[:, :int(lengths.max())], lengths.long(), logp / lengths ** length_penalty

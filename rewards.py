@@ -1,7 +1,7 @@
 """Rewards of generated text, and the rates that evaluate it: word error rate, exact match, edits, BLEU, ROUGE, METEOR.
 
-A reward is a plain function of two strings, reference `ref` and hypothesis `hyp`; higher is better.  With
-S substitutions, D deletions, I insertions that turn the N words of `ref` into those of `hyp`:
+A reward is a plain function of two strings, reference `ref` and hypothesis `hyp`; higher is better. With S substitutions, D deletions,
+I insertions that turn the N words of `ref` into those of `hyp`:
 
     wer    -(S + D + I) / N     arXiv 2509.01939 (GRPO for speech recognition)
     em     1[ref = hyp]         arXiv 2509.01939
@@ -9,13 +9,10 @@ S substitutions, D deletions, I insertions that turn the N words of `ref` into t
     cer    as wer, in characters, spaces among them
     bleu, rouge1, rouge2, rougeL, meteor    2509.16990 (GRPO for speech translation and question answering)
 
-The first four see normalised text, the same `normalize` that evaluation applies; the others the strings as given,
-which from eval.py and grpo.py are a normalised reference and what the model wrote (for RBA's agreement, two answers).
-`word_error_rate` and CER agree with jiwer 4.0, BLEU with sacreBLEU 2.6, ROUGE with rouge-score 0.1, METEOR with NLTK 3
-(given no stemmer and no WordNet), so figures compare with published ones; none of these packages is needed here.
-Order: normalisation, edit alignment, error rates, BLEU, ROUGE, METEOR, REWARDS.
+The first four see normalised text, the same `normalize` that evaluation applies; the others the strings as given, which from eval.py and
+grpo.py are a normalised reference and what the model wrote (for RBA's agreement, two answers). Error rates agree with jiwer 4.0, BLEU with
+sacreBLEU 2.6, ROUGE with rouge-score 0.1, METEOR with NLTK 3 (given no stemmer and no WordNet); none of them is needed here.
 """
-
 import functools
 import math
 import re
@@ -23,11 +20,9 @@ import unicodedata
 from collections import Counter
 
 # --------------------------------------------------------------------------------------------- normalisation
-
 # What keyboards and web text use for an apostrophe: single quotes, modifier letter, acute, backtick.
 APOSTROPHES = str.maketrans("’‘ʼ´`", "'''''")
-# An apostrophe that lacks a letter on one side.  When this runs, only letters, marks, numbers, apostrophes
-# and spaces are left, so "not an apostrophe, not a space" means letter, mark or number.
+# An apostrophe that lacks a letter, mark or number on one side: nothing else but apostrophes and spaces is left when this runs.
 OUTER_APOSTROPHE = re.compile(r"(?<![^' ])'|'(?![^' ])")
 PLAIN = re.compile("(?:[a-z0-9]+(?: [a-z0-9]+)*)?")  # what needs no rewriting, by normalize or by BLEU's tokeniser: nearly all transcripts
 
@@ -42,16 +37,14 @@ def _normalize_character(character):
 
 
 def normalize(text):
-    """Text as rewards and evaluation compare it: lower case, no punctuation, single spaces.
+    """Text as rewards and evaluation compare it: lower case, no punctuation, single spaces. Perhaps empty; idempotent.
 
-    NFKC; lower case; hyphens and dashes become spaces; apostrophes stay inside words, curly ones made
-    straight; other punctuation, symbols and control characters go and leave no space ("1,000" is "1000").
-    Letters, numbers and combining marks of every script stay.  Idempotent.  Returns a string, perhaps empty.
+    NFKC; lower case; hyphens and dashes become spaces; apostrophes stay inside words, curly ones made straight; other punctuation, symbols
+    and control characters go and leave no space ("1,000" is "1000"). Letters, numbers and combining marks of every script stay.
     """
     if PLAIN.fullmatch(text):
         return text
-    # The first translation is for the acute, which NFKC turns into space + combining mark; the second for ŉ,
-    # which NFKC turns into modifier apostrophe + n.
+    # Before NFKC for the acute, of which it makes space + combining mark; after it for ŉ, of which it makes modifier apostrophe + n.
     text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).translate(APOSTROPHES).lower()
     text = OUTER_APOSTROPHE.sub("", "".join(map(_normalize_character, text)))
     # Removals can bring a letter next to an accent ("e.\u0301"); composing them keeps normalize idempotent.
@@ -59,9 +52,7 @@ def normalize(text):
 
 
 # -------------------------------------------------------------------------------------------- edit alignment
-
-# jiwer's default splitting: a plain space, or two or more whitespace characters of any kind, separate words;
-# a single tab, newline or no-break space inside the text does not.
+# jiwer's: a plain space, or two or more whitespace characters of any kind, part words; a single tab, newline or no-break space does not.
 WORD_SEPARATOR = re.compile(r"\s{2,}| ")
 
 
@@ -71,11 +62,10 @@ def _split_words(text):
 
 
 def edit_counts(ref, hyp):
-    """(substitutions, deletions, insertions) of a minimal word alignment that turns `ref` into `hyp`.
+    """(substitutions, deletions, insertions), in words, of a minimal alignment that turns `ref` into `hyp`.
 
-    Two strings, taken as given (no normalisation) and split as jiwer does.  Counts are ints, in words.  Of
-    the alignments with the fewest edits, this is the one that jiwer 4 (rapidfuzz) reports.  Levenshtein
-    distance by dynamic programming (Wagner and Fischer 1974), a bit an entry: time and memory grow as the product of lengths.
+    Strings as given (no normalisation), split as jiwer does. Of the alignments with the fewest edits, the one that jiwer 4 (rapidfuzz)
+    reports. Time and memory grow as the product of the lengths, by a bit an entry of the table of costs (see `_edits`).
     """
     return _edits(_split_words(ref), _split_words(hyp))
 
@@ -128,8 +118,6 @@ def _edits(ref, hyp):
 
 
 # ------------------------------------------------------------------------------------------- word error rate
-
-
 def _as_lists(refs, hyps):
     refs, hyps = ([texts] if isinstance(texts, str) else list(texts) for texts in (refs, hyps))
     if len(refs) != len(hyps):
@@ -140,9 +128,8 @@ def _as_lists(refs, hyps):
 def word_error_rate(refs, hyps):
     """Word error rate in percent: 100 * (all edits) / (all reference words), over the whole corpus.
 
-    Lists of strings (or two strings), taken as given: `normalize` them first.  Can exceed 100.  An empty
-    reference adds its hypothesis's words as insertions; with no reference words at all the divisor is 1, as
-    in jiwer 4.  Not the mean of utterances' rates: that overweighs short ones.  ValueError if lengths differ.
+    Lists of strings (or two strings), as given: `normalize` them first. Can exceed 100. An empty reference adds its hypothesis's words as
+    insertions; without any reference words the divisor is 1, as in jiwer 4. ValueError if lengths differ.
     """
     refs, hyps = _as_lists(refs, hyps)
     errors = sum(sum(edit_counts(ref, hyp)) for ref, hyp in zip(refs, hyps))
@@ -150,11 +137,9 @@ def word_error_rate(refs, hyps):
 
 
 # ------------------------------------------------------------------------------------------------------ BLEU
-
 MAX_ORDER = 4  # BLEU-4, as everywhere
 # The 13a tokeniser (NIST's mteval-v13a.pl, sacreBLEU's default), as rewriting steps in their order.
-LITERALS_13A = [("<skipped>", ""), ("-\n", ""), ("\n", " "),
-                ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")]
+LITERALS_13A = [("<skipped>", ""), ("-\n", ""), ("\n", " "), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")]
 # Matches consume their neighbours, so that runs such as "..." split as in 13a; lookarounds would not.
 PATTERNS_13A = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"([!-&(-+/:-@[-`{-~])", r" \1 "),  # ASCII punctuation, all but ' , - .
@@ -219,12 +204,10 @@ def bleu_of(counts, effective_order):
 
 
 def sentence_bleu(ref, hyp):
-    """BLEU of one sentence against one reference, in [0, 1]; 0 for an empty hypothesis, 1 for `ref` itself.
+    """BLEU of one sentence against one reference, in [0, 1]: sacreBLEU's sentence_bleu(hyp, [ref]).score / 100; 0 if `hyp` is empty.
 
-    Equals sacreBLEU's sentence_bleu(hyp, [ref]).score / 100: 13a tokens of the strings as given (case and
-    punctuation count), orders 1-4 (Papineni et al. 2002), exponential smoothing of orders without a match
-    (Chen and Cherry 2014, method 3), and effective order: orders longer than the hypothesis are left out of
-    the mean, so that short sentences score too.
+    13a tokens of the strings as given (case and punctuation count), orders 1-4 (Papineni et al. 2002), exponential smoothing of orders
+    without a match (Chen and Cherry 2014, method 3), and effective order: orders longer than the hypothesis are left out of the mean.
     """
     return bleu_of(bleu_counts(ref, hyp), effective_order=True)
 
@@ -232,8 +215,7 @@ def sentence_bleu(ref, hyp):
 def corpus_bleu(refs, hyps):
     """BLEU of a corpus, one reference each, in [0, 100]: sacreBLEU's corpus_bleu(hyps, [refs]).score.
 
-    N-gram counts are summed over the corpus before precisions are formed; otherwise as `sentence_bleu`, but
-    without effective order (no 4-grams, score 0).  ValueError if lengths differ or there are no sentences.
+    As `sentence_bleu`, of summed counts, without effective order (no 4-grams: 0). ValueError if lengths differ or there are none.
     """
     refs, hyps = _as_lists(refs, hyps)
     if not refs:
@@ -243,19 +225,13 @@ def corpus_bleu(refs, hyps):
 
 
 # ------------------------------------------------------------------------------------------- ROUGE and METEOR
-
 ROUGE_WORD = re.compile("[a-z0-9]+")  # rouge-score's: letters beyond ASCII separate words
 
 
-def _f_measure(matched, ref_total, hyp_total):
-    """Harmonic mean of precision matched / hyp_total and recall matched / ref_total; 0 where nothing matches."""
-    return 2 * matched / (ref_total + hyp_total) if matched else 0.0
-
-
 def rouge_n(ref, hyp, n):
-    """ROUGE-n of one pair (Lin 2004), in [0, 1]: the F-measure of n-grams, repeated ones clipped as in BLEU."""
+    """ROUGE-n of one pair (Lin 2004), in [0, 1]: the F-measure of n-grams, 2 matched / (all of both), clipped as in BLEU."""
     ref, hyp = (Counter(zip(*(words[i:] for i in range(n)))) for words in (ROUGE_WORD.findall(t.lower()) for t in (ref, hyp)))
-    return _f_measure(sum((ref & hyp).values()), sum(ref.values()), sum(hyp.values()))
+    return 2 * (ref & hyp).total() / max(1, ref.total() + hyp.total())
 
 
 def rouge_l(ref, hyp):
@@ -266,7 +242,7 @@ def rouge_l(ref, hyp):
         diagonal = 0
         for j, other in enumerate(hyp, 1):
             diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return _f_measure(row[-1], len(ref), len(hyp))
+    return 2 * row[-1] / max(1, len(ref) + len(hyp))
 
 
 def meteor(ref, hyp, alpha=0.9, beta=3.0, gamma=0.5):
@@ -290,27 +266,8 @@ def meteor(ref, hyp, alpha=0.9, beta=3.0, gamma=0.5):
 
 
 # --------------------------------------------------------------------------------------------------- REWARDS
-
-
-def wer_reward(ref, hyp):
-    """-(S + D + I) / N on normalised text, N = max(1, words of ref).  At most 0, and not bounded below."""
-    ref, hyp = normalize(ref).split(), normalize(hyp).split()
-    return -sum(_edits(ref, hyp)) / max(1, len(ref))
-
-
-def exact_match_reward(ref, hyp):
-    """1.0 where the normalised texts are equal, else 0.0."""
-    return float(normalize(ref) == normalize(hyp))
-
-
-def edit_distance_reward(ref, hyp):
-    """-(S + D + I) on normalised text, in words: an utterance weighs by its errors, whatever its length."""
-    return float(-sum(_edits(normalize(ref).split(), normalize(hyp).split())))
-
-
-def character_error_reward(ref, hyp):
-    """-(S + D + I) / N in characters of normalised text, N = max(1, characters of ref)."""
-    ref, hyp = normalize(ref), normalize(hyp)
+def error_reward(ref, hyp):
+    """-(S + D + I) / N of two sequences, lists of words or a string's characters, N = max(1, len(ref)). At most 0, not bounded below."""
     return -sum(_edits(ref, hyp)) / max(1, len(ref))
 
 
@@ -318,7 +275,11 @@ def character_error_reward(ref, hyp):
 # name it here; for instance, one for hypotheses that start as the reference does:
 #     "first": lambda ref, hyp: float(normalize(ref).split()[:1] == normalize(hyp).split()[:1]),
 REWARDS = {
-    "wer": wer_reward, "em": exact_match_reward, "ed": edit_distance_reward, "cer": character_error_reward, "bleu": sentence_bleu,
+    "wer": lambda ref, hyp: error_reward(normalize(ref).split(), normalize(hyp).split()),
+    "em": lambda ref, hyp: float(normalize(ref) == normalize(hyp)),
+    "ed": lambda ref, hyp: float(-sum(_edits(normalize(ref).split(), normalize(hyp).split()))),
+    "cer": lambda ref, hyp: error_reward(normalize(ref), normalize(hyp)),
+    "bleu": sentence_bleu,
     "rouge1": lambda ref, hyp: rouge_n(ref, hyp, 1), "rouge2": lambda ref, hyp: rouge_n(ref, hyp, 2), "rougeL": rouge_l,
     "meteor": meteor,
 }

@@ -52,8 +52,7 @@ from tqdm import tqdm
 import data
 from encoder import EncoderConfig, length_mask, spec_augment
 from eval import (ast_name, autocast, chunks, collate, finished, forward_flops, hear_set, keep_pages, limits, listen, load_model, loader,
-                  micro_batch, pick_device, read_json, read_log, replacing, shortfall, transcribe,
-                  write_json)
+                  micro_batch, pick_device, read_json, read_log, replacing, summary, transcribe, write_json)
 from model import (BOS, EOS, INSTRUCTION, LLAMAS, S_BOS, SYSTEM, USER, LlamaConfig, SpeechLM, generate, load_tokenizer, right_pad,
                    train_tokenizer)
 from rewards import normalize, word_error_rate
@@ -354,7 +353,7 @@ def look_at_dev(model, folder, run, best, score):
             found = score()
             if found <= best:
                 best = found
-                save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": weights, "run": run})
+                save(os.path.join(folder, "best.pt"), {"configs": model.configs, "model": weights, "run": run})
         wait()
     return found, best
 
@@ -404,7 +403,7 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
         log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
         if summed([float(end or rank() == 0 and began - saved > SAVE_SECONDS)], device)[0]:  # all have to know: weights may be shared out
             save(os.path.join(folder, "last.pt"), {
-                "configs": model.configs(), "run": run, "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]),
+                "configs": model.configs, "run": run, "model": full(model.state_dict()), "opts": full([o.state_dict() for o in opts]),
                 "step": step + 1, "row": row, "best": best, "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
             saved = time.time() + SAVE_SECONDS * (time.time() - began)
@@ -651,7 +650,7 @@ def print_plan(args, corpus, B, G=1, samples=True, reference=False):
           "memory of each process, GB (rollouts and learning take turns)")
     for name, amount in memory.items():
         print(f"  {name:<28}{amount / 1e9:10.3f}")
-    rate, copy = limits(device)
+    _, rate, copy = limits(device)
     forward = args.accumulate * forward_flops(c, B, P, N, T)
     passes = (3 + args.recompute + reference) * getattr(args, "updates", 1)    # a backward pass costs two forward ones
     seconds = {"hearing": args.accumulate * 2 * encoder * B * P / rate, "learning": passes * forward / rate,
@@ -729,7 +728,8 @@ def dev_score(stage, model, dev, corpus, device, max_new, sampled=False):
                 total = [stage_loss(stage, model, dev[k:k + 64], corpus, device) for k in range(0, len(dev), 64)]
             return float(sum(loss for loss, _ in total) / sum(n for _, n in total))
         hyps = transcribe(model, dev, max_new=max_new, **SAMPLED if sampled else {})
-    return shortfall(corpus.task, [item["target"] for item in dev], hyps)
+    found = summary(corpus.task, [item["target"] for item in dev], hyps)
+    return found["wer"] if corpus.task == "asr" else 100 - found["bleu"]
 
 
 def dev_set(stage, model, corpus, args):
@@ -793,7 +793,7 @@ def run_stage(stage, args, corpus):
         if rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
             model = load_model(before)
             run = read_json(os.path.join(folder, "config.json"))
-            save(os.path.join(folder, "best.pt"), {"configs": model.configs(), "model": model.state_dict(), "run": run})
+            save(os.path.join(folder, "best.pt"), {"configs": model.configs, "model": model.state_dict(), "run": run})
         wait()
         return folder
     if row["step"] == steps:

@@ -577,7 +577,7 @@ def test_cached_decoding_equals_uncached():
     tokens = torch.randint(7, 30, (6, 8))
     whole = model.extend(tokens, prompt)
     for sizes in ([1] * 8, [3, 4, 1], [8]):
-        caches = model.new_caches(6, 8, prompt.kv[0][0])
+        caches = prompt.caches(6, 8)
         parts, start = [], 0
         for size in sizes:
             parts.append(model.extend(tokens[:, start:start + size], prompt, caches, start))
@@ -716,7 +716,7 @@ def test_padding_changes_nothing():
 def test_a_prompt_is_copied_by_no_step(monkeypatch):
     """Keys and values that lie as heads of positions were written would be copied by every product with them, each layer, each token."""
     model, prompt = tiny_model(), prompt_of(tiny_model())
-    caches, tokens = model.new_caches(6, 8, prompt.kv[0][0]), torch.randint(7, 30, (6, 1))
+    caches, tokens = prompt.caches(6, 8), torch.randint(7, 30, (6, 1))
 
     def check(prompt):
         with CopyCounter(prompt.kv[0][0].numel()) as copies:
@@ -838,9 +838,9 @@ def test_bench_divides_what_it_measured(monkeypatch, capsys):
     seconds = iter([3.0, 2.0, 1.0])                                            # torch's product, ours, a copy
     with monkeypatch.context() as patch:
         patch.setattr("eval.clock", lambda run, device: run() is not None and next(seconds))
-        own, quicker, copy = eval_module.limits(torch.device("cpu"), both=True)
+        own, quicker, copy = eval_module.limits(torch.device("cpu"))
     assert 2 * own == 4 * 1536**3 / 3 and quicker == 1536**3 and copy == 2 * 4 * 2**26
-    monkeypatch.setattr("eval.limits", lambda device, both: (1.0, 1.0, 1.0))
+    monkeypatch.setattr("eval.limits", lambda device: (1.0, 1.0, 1.0))
     out = bench_earshot("tiny,30,2,2,4", torch.device("cpu"))
     assert min(out.values()) > 0 and out["GRPO step"] == out["sampling"] + out["learning"] and took["earshot"].keys() == out.keys()
 
@@ -1404,13 +1404,13 @@ def test_a_tables_columns_against_counts_by_hand():
     expected["del"] = 20
     assert row == pytest.approx(expected)
     assert eval_module.summary("asr", ["Six,  oh", "a"], ["six oh", "b"])["em"] == 50
-    assert [c.lower() in row for c in eval_module.columns("asr")] == [True] * 7
+    assert [c.lower() in row for c in eval_module.COLUMNS["asr"]] == [True] * 7
     # What --metric compares rows by has the same value as its column.
     refs, hyps = ["a b c d e", "b c, d e f"], ["a b d e x", "b c d z f"]
     for task, metrics in (("asr", [None, "Ins", "Del", "Sub"]), ("sqa", [None, "R-1", "R-2", "R-L", "METEOR"])):
         row = eval_module.summary(task, refs, hyps)
         for metric in metrics:
-            column = (metric or eval_module.columns(task)[0]).lower()
+            column = (metric or eval_module.COLUMNS[task][0]).lower()
             assert draws(counts_of(task, refs, hyps, metric))[0] == pytest.approx(row[column]) and row[column] > 0
 
 
@@ -2355,7 +2355,7 @@ def planned(monkeypatch, capsys, reference=False, **changes):
     with torch.device("meta"):
         model = SpeechLM(EncoderConfig(units=("a",)), LLAMAS["2b"], train_tokenizer(TEXTS * 20, 40))
     item = {**as_items(["one two three " * 8])[0], "audio": np.zeros(4 * 16000, np.float32)}
-    for name, fake in (("new_model", lambda *a, **kw: model), ("limits", lambda device: (1e12, 1e10)), ("saved_bytes", lambda *a: 1e9)):
+    for name, fake in (("new_model", lambda *a, **kw: model), ("limits", lambda _: (0, 1e12, 1e10)), ("saved_bytes", lambda *a: 1e9)):
         monkeypatch.setattr(sft, name, fake)
     capsys.readouterr()
     sft.print_plan(args, argparse.Namespace(train_batch=lambda stream, k, size: [item] * size), 4, 8, reference=reference)
@@ -2481,7 +2481,7 @@ def alone(folder, monkeypatch, *flags):
     model = tiny_model()
     for stage in ("encoder", "speech"):
         (folder / "runs" / "x" / stage).mkdir(parents=True)
-        torch.save({"configs": model.configs(), "model": model.state_dict()}, folder / "runs" / "x" / stage / "best.pt")
+        torch.save({"configs": model.configs, "model": model.state_dict()}, folder / "runs" / "x" / stage / "best.pt")
     corpus = data.Embedded(0, 3)
     corpus.sets["dev"] = 2                                                     # sentences of dev cost a second, else
     return args, corpus
@@ -2807,7 +2807,7 @@ def test_init_brings_its_tokenizer_and_its_history(tmp_path):
     folder = tmp_path / "speech"
     model, corpus = tiny_model(vocab=40), argparse.Namespace(items_of=lambda name: as_items(["six seven eight nine"] * 20))
     folder.mkdir()
-    torch.save({"configs": model.configs(), "model": model.state_dict()}, folder / "best.pt")
+    torch.save({"configs": model.configs, "model": model.state_dict()}, folder / "best.pt")
     (folder / "config.json").write_text('{"lr": 1}')
     p = argparse.ArgumentParser()
     sft.add_arguments(p)
