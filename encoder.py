@@ -199,6 +199,7 @@ class Encoder(nn.Module):
         self.subsampling = Subsampling(c)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.layer_weights = nn.Parameter(torch.zeros(c.n_layers))  # equal at first
+        self.number = {unit: i + 1 for i, unit in enumerate(c.units)}  # what CTC calls each unit; 0 is the blank
         self.ctc_head = nn.Linear(c.d, len(c.units) + 1)
         self.register_buffer("unit_frames", torch.zeros(len(c.units) + 1, c.d))  # mean frame of the blank and of each unit, once trained
 

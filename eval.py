@@ -99,13 +99,12 @@ def write_json(path, found):
         json.dump(found, f, indent=1)
 
 
-def read_log(folder):
-    """The lines of a run's metrics.jsonl as dictionaries, without one that was cut off."""
+def read_log(folder, name="metrics.jsonl"):
+    """The lines of such a file in a run's folder as dictionaries, up to one that was cut off."""
     rows = []
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "metrics.jsonl")) as f:
+    with contextlib.suppress(FileNotFoundError, ValueError), open(os.path.join(folder, name)) as f:
         for line in f:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+            rows.append(json.loads(line))
     return rows
 
 
@@ -124,7 +123,7 @@ def load_model(path, device="cpu"):
         data.die(f"{path}: no such checkpoint; give a folder under runs/ that holds best.pt, or a .pt file")
     try:
         with torch.serialization.safe_globals([EncoderConfig, LlamaConfig]):  # and no other code that a stranger's file may name
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = os.path.join(os.path.dirname(path), "config.json")
         if "run" in saved and os.path.exists(config) and saved["run"] != read_json(config):
             raise ValueError("it is of another run than the config.json beside it")
@@ -270,7 +269,7 @@ def counts_of(task, refs, hyps, metric=None):
     if metric == "BLEU":
         return np.array([bleu_counts(*pair) for pair in pairs])
     if mean := {"EM": "em", **TEXT_METRICS}.get(metric):
-        return np.array([(REWARDS[mean](*pair), 0, 0, 1) for pair in pairs])
+        return np.array([(REWARDS[mean](*pair), 0, 0, 1) for pair in pairs]).reshape(-1, 4)
     if metric == "CER":
         pairs = [[" ".join(text.replace(" ", "_")) for text in pair] for pair in pairs]  # characters as words
     counts = [(*edit_counts(ref, hyp), 100 if metric == "ED" else len(ref.split())) for ref, hyp in pairs]  # ED alone is not in percent

@@ -213,7 +213,6 @@ def gather_rollouts(model, supply, args, device, log):
         punished = overlong(n, args.max_new, args.overlong).view(rewards.shape) if args.overlong else 0
         cut = tokens.gather(1, n[:, None] - 1) != EOS  # no room left for its <EOS>
         sums = [float(x.view(rewards.shape)[:, :own].sum()) for x in (rewards - punished, n, cut)]
-        samples = rewards[:, :own].numel()
         if args.algo in RBA:
             targets = sft.targets_of(model, [item["target"] for item in items], device)
             same = [hyp == normalize(item["target"]) for hyp, item in zip(hyps, items)]  # in words: y_l may be other pieces of them
@@ -226,7 +225,7 @@ def gather_rollouts(model, supply, args, device, log):
             if args.dynamic_sampling:
                 _, varied = group_advantages(rewards)  # DAPO filters by what is right, not by length
         parts.append((frames, lengths, [item["prompt"] for item in items], tokens, n, advantages, varied))
-        figures += *sums, samples, int(varied.sum()), len(varied)
+        figures += *sums, len(rewards) * own, int(varied.sum()), len(varied)
         if args.dynamic_sampling and draw + 1 >= args.accumulate:
             if sft.summed(figures[4:5], device)[0] >= args.prompts * args.accumulate * sft.world():
                 break
@@ -265,12 +264,8 @@ def parse_arguments():
     p.add_argument("--max-draws", type=int, default=4, help="batches that dynamic sampling may draw for each one of a step")
     p.add_argument("--grpo-dev-evals", type=int, default=4, help="how often dev is looked at")
     sft.add_arguments(p)
-    p.set_defaults(control_steps=None)
-    args = p.parse_args()
-    defaults = {**vars(p.parse_args([])), **ALGOS[args.algo]}
-    for key in GRPO:
-        if getattr(args, key) is None:
-            setattr(args, key, defaults[key])
+    p.set_defaults(control_steps=None, **ALGOS[p.parse_args().algo])
+    args, defaults = p.parse_args(), vars(p.parse_args([]))
     if args.control_steps is None:  # about as long as RL takes; IBM's steps have a KL, and longer texts
         args.control_steps = round(args.steps * (11.5 if args.algo == "ibm" else 6.25))
     changed = [f"{key}{getattr(args, key)}" for key in SWITCHES if getattr(args, key) != defaults[key]]
@@ -329,20 +324,18 @@ def rl_config(args):
 
 
 def train(args, corpus):
-    """GRPO from the SFT model. Returns the run's folder.
-
-    best.pt is the best of GRPO's own checkpoints on dev, even where none beats SFT there: else the table would compare SFT with itself.
-    """
+    """GRPO from the SFT model. Returns the run's folder. best.pt is the best of GRPO's own checkpoints on dev, even where none beats SFT
+    there: else the table would compare SFT with itself."""
     folder, config, remedy = rl_config(args)
     start = os.path.join("runs", args.name, "speech")
     row = sft.open_run(folder, config, remedy)
     if row["step"] == args.steps:
-        return sft.reused(folder)
+        return folder
     torch.manual_seed(args.seed * 10 + 5)
     device = pick_device(args.device)
-    read = lambda: sft.shard(load_model(start), device) if args.shard else load_model(start, device)
-    model = read()
-    reference = read() if args.beta and not args.ce else None
+    read = lambda path: sft.shard(load_model(path), device) if args.shard else load_model(path, device)
+    model = read(os.path.join(folder, "last.pt") if row["step"] else start)
+    reference = read(start) if args.beta and not args.ce else None
     if reference is not None and args.shard:
         reference.set_reshard_after_forward(True, recurse=False)  # it has no backward pass, after which FSDP would
     model.llm.recompute = args.recompute
@@ -390,23 +383,17 @@ def pieces_of(parts, args, config, device):
     return pieces, n_sequences, n_tokens
 
 
-def idle_pieces(parts, mine, device):
-    """Pieces of no weight for a process with fewer than another: DDP exchanges gradients in the last backward pass and FSDP in each, so
-    all processes need as many."""
-    if sft.world() == 1:
-        return []
-    most = max(int(m) for m in sft.summed([mine * (r == sft.rank()) for r in range(sft.world())], device))
-    frames, lengths, asked, tokens, n, advantages, _ = parts[-1]
-    G = len(n) // len(frames)
-    return [(frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], torch.zeros_like(advantages[:1]).flatten(), None)] * (most - mine)
-
-
 def update(model, reference, opts, parameters, parts, args, row, step, device):
     """--updates optimiser steps on one step's groups; fills `row` with what to log."""
     pieces, n_sequences, n_tokens = pieces_of(parts, args, getattr(model, "module", model).llm.config, device)
     mine = len(pieces)
-    n_sequences, n_tokens, n_pieces = sft.summed((n_sequences, n_tokens, mine), device)
-    pieces += idle_pieces(parts, mine, device)
+    counts = n_sequences, n_tokens, *(mine * (r == sft.rank()) for r in range(sft.world()))
+    n_sequences, n_tokens, *each = sft.summed(counts, device)  # each: the processes' numbers of pieces
+    # DDP exchanges gradients in the last backward pass and FSDP in each: who has fewer pieces than another adds some of no weight.
+    frames, lengths, asked, tokens, n, advantages, _ = parts[-1]
+    G = len(n) // len(frames)
+    idle = frames[:1], lengths[:1], asked[:1], tokens[:G], n[:G], advantages[:1].flatten(), None
+    pieces += [idle] * int(max(each) - mine)
     olds = [None] * len(pieces)  # of each piece log pi_old: the policy that wrote the rollout is this one, before its first update
     model.train()
     for _ in range(args.updates):
@@ -414,12 +401,10 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
         for i, (frames, lengths, asked, tokens, n, advantages, off) in enumerate(pieces):
             tokens = tokens[:, :int(n.max())]
             mask = length_mask(n, tokens.shape[1])                             # (N, T)
-
-            def logps_of(model):
-                prompt = model.prefill(*model.embed_prompt(frames, lengths, asked))
-                return model.token_logps(tokens, prompt, 1.0 if args.algo in RBA else args.temperature)
-
-            with sft.sync(model, last=i + 1 == len(pieces)), autocast(device):
+            temperature = 1.0 if args.algo in RBA else args.temperature
+            logps_of = lambda model: model.token_logps(tokens, model.prefill(*model.embed_prompt(frames, lengths, asked)), temperature)
+            model.require_backward_grad_sync = i + 1 == len(pieces)  # DDP's switch; FSDP exchanges in each, lest it keep whole gradients
+            with autocast(device):
                 logp, entropy = model(logps_of)  # logps_of(model), by way of forward, where DDP and FSDP come in
                 ref = None
                 if reference is not None:
@@ -440,7 +425,7 @@ def update(model, reference, opts, parameters, parts, args, row, step, device):
                 kl = k3(ref, logp, mask).sum() if ref is not None else 0
                 figures += real * np.array([float(x) for x in (loss, held, kl, (entropy * mask).sum(), mask.sum())])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if n_pieces:  # else there are no gradients, or DDP's zeros, on which AdamW would move
+        if any(each):  # else there are no gradients, or DDP's zeros, on which AdamW would move
             sft.step_all(opts, min(1, (step + 1) / 5) * (1 - step / args.steps), keep=sft.world() > 1 and not args.shard)
     if args.shard and reference is not None and pieces:
         reference.reset_iter_state()

@@ -6,11 +6,10 @@
     python sft.py --stage speech          # projection and Llama learn to write what is heard, Eq. 2
     python sft.py --stage control         # SFT goes on, on GRPO's audio: the yardstick that GRPO has to beat
 
-Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that
-was best on dev and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished
-stage is reused and an interrupted one goes on where it was, to the same numbers. Without --spec-augment (the embedded
-corpus) the stage speech hears the utterances of the stage encoder and new ones, several times: making an utterance costs
-more than learning from it. The control hears those of GRPO.
+Each stage begins with the best checkpoint of the one before it (what is missing is run first), keeps the checkpoint that was best on dev
+and leaves runs/NAME/STAGE/ with config.json, metrics.jsonl, last.pt and best.pt. Run again, a finished stage is reused and an interrupted
+one goes on where it was, to the same numbers. Without --spec-augment (the embedded corpus) the stage speech hears the utterances of the
+stage encoder and new ones, several times: making one costs more than learning from it. The control hears those of GRPO.
 
 The stage read is ours, not the paper's, whose LLM comes with a knowledge of spelling that a tiny one does not have. It
 is Eq. 2 on text alone: the prompt holds, in place of speech, one frame for each phone (or letter) of the transcript, the
@@ -46,7 +45,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -147,10 +145,9 @@ def leave_processes():
 
 def summed(numbers, device):
     """Numbers, each summed over the processes."""
-    if world() == 1:
-        return [float(x) for x in numbers]
     total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    if world() > 1:
+        dist.all_reduce(total)
     return total.tolist()
 
 
@@ -163,12 +160,6 @@ def data_parallel(model, parameters):
     for p in parameters:  # it waits for the gradients of all that require one
         p.requires_grad_()
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-
-def sync(model, last):
-    """The context of a forward pass: with DDP only the `last` backward pass of an optimiser step exchanges gradients. FSDP exchanges in
-    all of them: to wait would mean to keep whole gradients."""
-    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def shard(model, device):
@@ -218,10 +209,9 @@ def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     join_processes(args.device)
     args.data = os.path.abspath(args.data) if args.data else None
-    for flag, folder in (("init", args.init), ("encoder", args.encoder)):
+    for flag, folder, stage in (("init", args.init, "speech"), ("encoder", args.encoder, "encoder")):
         if folder and not finished(folder):
-            example = "runs/embedded-0/" + {"init": "speech"}.get(flag, flag)
-            data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as {example}")
+            data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as runs/embedded-0/{stage}")
     # Transcription is learned in a minute and a half, as the first command is to take minutes; the others until dev stays.
     steps, different = (2600, 420) if args.task == "asr" or args.data or args.teacher_steps else (8000, 1300)
     task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
@@ -241,7 +231,7 @@ def finish_arguments(args):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     if args.init or args.max_new is None:
         tokenizer = load_tokenizer(tokenizer_of(corpus, args))
-        targets = tokenizer.encode(training_targets(corpus))
+        targets = tokenizer.encode([normalize(item["target"]) for item in corpus.items_of("train")])
         unknown = sum(tokenizer.unk_id() in ids for ids in targets)
         if unknown and rank() == 0:
             print(f"--init {args.init}: its tokenizer lacks letters of {unknown} of {len(targets)} targets, whose words it cannot write",
@@ -313,22 +303,17 @@ def open_run(folder, config, remedy="--name"):
     check_config(folder, config, remedy)
     there = os.path.exists(os.path.join(folder, "last.pt"))
     row = last_state(folder, json.loads(json.dumps(config)))["row"] if there else {"step": 0}
-    wait()
     if rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             write_json(os.path.join(folder, "config.json"), config)
         except OSError as e:
             data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
+        if 0 < row["step"] == config.get("steps"):  # its config is the same, but the code may have been changed
+            print(f"{folder}: trained by an earlier call, reused; after a change of the code remove it, or give another name",
+                  file=sys.stderr)
     wait()
     return row
-
-
-def reused(folder):
-    """Says that a stage is not trained again: its config is the same, but the code may have been changed. Returns the folder."""
-    if rank() == 0:
-        print(f"{folder}: trained by an earlier call, reused; after a change of the code remove it, or give another name", file=sys.stderr)
-    return folder
 
 
 def last_state(folder, config):
@@ -358,12 +343,8 @@ def look_at_dev(model, folder, run, best, score):
     return found, best
 
 
-@torch.no_grad()
-def restore(state, model, opts, device):
-    """Sets model, optimisers and random states back to what `training` saved."""
-    for name, p in model.state_dict().items():
-        saved = state["model"][name].to(p.device)
-        p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
+def restore(state, opts, device):
+    """Sets optimisers and random states back to what `training` saved -> the best score on dev."""
     for opt, saved in zip(opts, state["opts"]):
         opt.load_state_dict(saved)
         for p, moments in opt.state.items():
@@ -381,7 +362,7 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
     to fill in what metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is
     needed to go on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
     first, run = row["step"], read_json(os.path.join(folder, "config.json"))
-    best = restore(last_state(folder, run), model, opts, device) if first else math.inf
+    best = restore(last_state(folder, run), opts, device) if first else math.inf
     if world() > 1:  # all began with the same weights; from here on each has its own masks, slips and samples
         torch.manual_seed(seed + 1000 * (1 + rank()) + 10**6 * first)
     path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
@@ -443,18 +424,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, parameters, lr, muon):
-    """AdamW; and Muon at lr * muon for the matrices between the layers.
-
-    With Muon the tiny conformer gets in 200 steps where AdamW gets in far more (LOG.md, 2026-11-20); muon = 0 is AdamW alone.
-    """
+    """AdamW; and Muon at lr * muon for the matrices between the layers, with which the tiny conformer gets in 200 steps where AdamW gets in
+    far more (LOG.md, 2026-11-20); muon = 0 is AdamW alone."""
     hidden = {id(p) for part in (model.encoder.blocks, model.llm.layers) for p in part.parameters() if p.dim() == 2}
     matrices = [p for p in parameters if muon and id(p) in hidden]
     opts = [torch.optim.AdamW([p for p in parameters if not (muon and id(p) in hidden)], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
     if matrices:
         opts.append(Muon(matrices, lr=lr * muon))
-    for opt in opts:
-        for group in opt.param_groups:
-            group["peak"] = group["lr"]
     return opts
 
 
@@ -463,7 +439,7 @@ def step_all(opts, scale, keep=False):
     lie in the buffers it exchanges, and new ones would lie beside them."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"] = group["peak"] * scale
+            group["lr"] = opt.defaults["lr"] * scale
         opt.step()
         opt.zero_grad(set_to_none=not keep)
 
@@ -512,28 +488,27 @@ def batches(corpus, keys, workers, ear=None, depth=2):
 
 
 def heard(keys, model, corpus, args, device, keep=0):
-    """Yields (key, (frames (B, T', D), lengths, items)) for each key. Those numbered below `keep` stay in HEARD, to come again.
+    """Yields (key, (frames (B, T', D), lengths, items)) for each key. Those numbered below `keep` stay in HEARD, for another stage.
 
     On a CPU the workers hear, beside the training; on a GPU they make features and this process hears. They bring a group's batches
-    together: what is not yet asked for waits in HEARD.
+    together: what is not yet asked for waits in HEARD, and what will be asked for again.
     """
     ear = model if device.type == "cpu" else None
-    missing = [key for key in dict.fromkeys(keys) if key not in HEARD]
+    last = {key: i for i, key in enumerate(keys)}  # when it is asked for the last time
+    missing = [key for key in last if key not in HEARD]
     # What is kept anyway may be heard as early as the workers can; else they wait when they are two groups ahead.
-    made = batches(corpus, missing, args.workers, ear, depth=200 if all(key[2] < keep for key in keys) else 2)
-    for key in keys:
+    made = batches(corpus, missing, args.workers, ear, depth=200 if len(last) < len(keys) or all(key[2] < keep for key in keys) else 2)
+    for i, key in enumerate(keys):
         while key not in HEARD:
             got, batch = next(made)
             HEARD[got] = batch if ear else listen(model, batch, device, got[0] == "speech")
-        yield key, HEARD[key] if key[2] < keep else HEARD.pop(key)
+        yield key, HEARD[key] if i < last[key] or key[2] < keep else HEARD.pop(key)
 
 
 def replay(at_hand, different, steps):
     """Which of a stage's `different` batches each step gets. A worker hears one of the first `at_hand`, which are made already,
     in less than the time of 3 steps, and makes and hears another in 8 (with the defaults; else one waits for the other);
     meanwhile those that it has heard come again, in turn."""
-    if different >= steps:
-        return list(range(steps))
     pace = min(1, steps / (3 * min(at_hand, different) + 8 * max(0, different - at_hand)))  # quicker, and waiting, where time is short
     order, known, turn, due = [], 0, 0, 0.0
     for step in range(steps):
@@ -547,20 +522,16 @@ def replay(at_hand, different, steps):
     return order
 
 
-def training_targets(corpus):
-    """The training targets as the model is to write them."""
-    return [normalize(item["target"]) for item in corpus.items_of("train")]
-
-
 def tokenizer_of(corpus, args):
     """The tokenizer of the training transcripts, or that of --init, as bytes."""
     if args.init:
         return load_model(args.init).tokenizer_bytes
     try:
-        texts = [item["prompt"] for item in corpus.items_of("train") if item["prompt"]]
+        items = corpus.items_of("train")
+        texts = [normalize(item["target"]) for item in items] + [item["prompt"] for item in items if item["prompt"]]
         if args.teacher_steps or args.task == "sqa":  # the teacher writes what is said, too, and so does the stage read
-            texts += [normalize(item["text"]) for item in corpus.items_of("train")]
-        return train_tokenizer(training_targets(corpus) + texts, args.vocab)
+            texts += [normalize(item["text"]) for item in items]
+        return train_tokenizer(texts, args.vocab)
     except RuntimeError as e:
         data.die(f"--vocab {args.vocab}: no tokenizer of that size for these texts ({str(e).splitlines()[-1][-100:]}); the default is 300")
 
@@ -591,8 +562,7 @@ def measure_units(model, corpus, size, device):
     """Fills encoder.unit_frames (units + 1, D): the mean frame of each unit, as CTC's best path labels the first of
     the encoder's training utterances (embedded: clean ones). A unit that never wins gets the mean of all."""
     frames = []
-    for k in range(max(1, MEASURED // size)):
-        mel, lengths, _ = MADE.get(("encoder", size, k)) or collate(corpus.train_batch("encoder", k, size))
+    for _, (mel, lengths, _) in batches(corpus, [("encoder", size, k) for k in range(max(1, MEASURED // size))], workers=0):
         heard, lengths = model.hear(mel.to(device), lengths.to(device))
         frames += [row[:n] for row, n in zip(heard, lengths.tolist())]
     frames = torch.cat(frames)                                                 # (all T, D)
@@ -608,10 +578,7 @@ def saved_bytes(c, B, P, G, T, kind, recompute=False):
         model.llm.recompute = recompute
         x = torch.empty(B, P, c.d, requires_grad=True)
         weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-        def keep(t):
-            return kept.setdefault(t.untyped_storage()._cdata, t)  # held, lest another tensor gets its number
-
+        keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t)  # held, lest another tensor gets its number
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             graph = model.token_logps(torch.zeros(B * G, T, dtype=torch.long), model.prefill(x, torch.full((B,), P)))
         return sum(t.untyped_storage().nbytes() for number, t in kept.items() if number not in weights), graph
@@ -660,16 +627,10 @@ def print_plan(args, corpus, B, G=1, samples=True, reference=False):
         print(f"  {name:<28}{amount:10.3f}")
 
 
-def unit_numbers(model):
-    """What CTC calls each unit; 0 is the blank."""
-    return {unit: i + 1 for i, unit in enumerate(model.encoder.config.units)}
-
-
 def spelled(model, texts, corpus, slip=0.05):
     """Texts -> fake frames (B, T, D) and lengths: a mean frame for each unit and, after half of them, one of the blank.
     Of the units, `slip` are taken for another and half as many missed, as the encoder will. Draws from torch's generator."""
-    number = unit_numbers(model)
-    rows = []
+    number, rows = model.encoder.number, []
     for text in texts:
         row = []
         for unit in corpus.spell(normalize(text)):
@@ -697,8 +658,7 @@ def stage_loss(stage, model, batch, corpus, device):
     elif stage == "encoder":
         mel, lengths, items = batch
         mel, lengths = mel.to(device), lengths.to(device)
-        number = unit_numbers(model)
-        targets, n = right_pad([[number[u] for u in corpus.spell(normalize(item["text"]))] for item in items], device)
+        targets, n = right_pad([[model.encoder.number[u] for u in corpus.spell(normalize(item["text"]))] for item in items], device)
         return model.encoder.ctc_loss(spec_augment(mel, lengths), lengths, targets, n), n.sum()
     else:
         if stage == "read":
@@ -789,20 +749,19 @@ def run_stage(stage, args, corpus):
     row = open_run(folder, stage_config(stage, args))
     if args.init and stage == "speech":
         before, steps = args.init, 0
-    if steps == 0:
-        if rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
+    if row["step"] == steps:
+        if steps == 0 and rank() == 0 and not os.path.exists(os.path.join(folder, "best.pt")):
             model = load_model(before)
             run = read_json(os.path.join(folder, "config.json"))
             save(os.path.join(folder, "best.pt"), {"configs": model.configs, "model": model.state_dict(), "run": run})
         wait()
         return folder
-    if row["step"] == steps:
-        return reused(folder)
     first, seed = row["step"], args.seed * 10 + ORDER.index(stage)
     torch.manual_seed(seed)
     device = pick_device(args.device)
     home = torch.device("cpu") if args.shard else device  # where a model is whole
-    model = new_model(corpus, args).to(home) if before is None else load_model(before, home)
+    begin = os.path.join(folder, "last.pt") if first else before
+    model = load_model(begin, home) if begin else new_model(corpus, args).to(home)
     if stage == "encoder" and args.encoder and not first:
         found = load_model(args.encoder).encoder.state_dict()
         try:
@@ -811,9 +770,7 @@ def run_stage(stage, args, corpus):
             data.die(f"--encoder {args.encoder}: its conformer has another shape than EncoderConfig; give another, and remove {folder}")
     if stage == "read" and not first:
         measure_units(model, corpus, args.batch, home)
-    if args.shard and stage != "encoder":
-        shard(model, device)
-    model.to(device)
+    model = shard(model, device) if args.shard and stage != "encoder" else model.to(device)
     model.llm.recompute = args.recompute
     parameters = trained_parameters(stage, model)
     parallel = data_parallel(model, parameters)
@@ -823,10 +780,7 @@ def run_stage(stage, args, corpus):
     draws = steps * each
     order = replay(args.encoder_steps * each, fresh, draws) if stage == "speech" else [k % fresh for k in range(draws)]
     order = [(stream, size, k) for k in order[first * each + rank()::world()]]
-    if stage in ("speech", "control"):
-        supply = heard(order, model, corpus, args, device, keep=fresh if fresh < draws else 0)
-    else:
-        supply = batches(corpus, order, args.workers)
+    supply = heard(order, model, corpus, args, device) if stage in ("speech", "control") else batches(corpus, order, args.workers)
     use_cores(0 if stage in ("text", "read") else args.workers)  # texts cost a worker next to nothing
     score = lambda: dev_score(stage, model, dev, corpus, device, args.max_new)
     for row in training(stage, folder, row, steps, model, opts, device, seed, args.dev_evals, score, {"loss": "loss"}):
@@ -836,7 +790,8 @@ def run_stage(stage, args, corpus):
             key, batch = next(supply)
             if stage == "encoder" and not args.spec_augment and key[2] < args.speech_batches:
                 MADE[key] = batch
-            with sync(parallel, last=i + 1 == args.accumulate), autocast(device):
+            parallel.require_backward_grad_sync = i + 1 == args.accumulate  # DDP's switch: it exchanges gradients once a step
+            with autocast(device):
                 loss, n = parallel(lambda model: stage_loss(stage, model, batch, corpus, device))
             loss.backward()
             total, tokens = total + loss.item(), tokens + int(n)
@@ -849,18 +804,15 @@ def run_stage(stage, args, corpus):
         row["loss"] = 0.95 * row["loss"] + 0.05 * total / tokens if "loss" in row else total / tokens
         row["grad_norm"] = float(norm)
     use_cores(args.workers)
-    for kept in (MADE, HEARD) if stage in ("speech", "control") else ():
-        for key in [key for key in kept if key[0] == stream]:
-            del kept[key]
+    if stage == "speech":
+        MADE.clear()
     return folder
 
 
 # ---------------------------------------------------------------------------------------------- the teacher of RBA
 def teach(args, corpus):
-    """With --teacher-steps: trains RBA's teacher on text dialogues, lets it invent others and gives them to the corpus.
-
-    2509.03526: what is said and how it is answered both come from a teacher LLM. From here on training hears nothing else.
-    """
+    """With --teacher-steps: trains RBA's teacher on text dialogues, lets it invent others and gives them to the corpus. 2509.03526: what is
+    said and how it is answered both come from a teacher LLM. From here on training hears nothing else."""
     if not args.teacher_steps:
         return
     folder = os.path.join("runs", args.name, "teacher")
@@ -894,11 +846,7 @@ def teach(args, corpus):
             f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in found)
         use_cores(args.workers)
     wait()
-    try:
-        with open(path) as f:
-            corpus.dialogues = [json.loads(line) for line in f]
-    except ValueError:
-        corpus.dialogues = []
+    corpus.dialogues = read_log(folder, "dialogues.jsonl")
     if len(corpus.dialogues) != args.dialogues:
         data.die(f"{path}: holds {len(corpus.dialogues)} dialogues, not {args.dialogues}; remove {folder} to have them invented again")
 
@@ -914,9 +862,8 @@ def dialogue_loss(model, items, device):
 
 def user_turns(model, rows, device):
     """Prompts <User> row, for lists of tokens."""
-    embedded = [model.llm.embed(torch.tensor([USER, *row], device=device)) for row in rows]
-    lengths = torch.tensor([len(x) for x in embedded], device=device)
-    return model.prefill(pad_sequence(embedded, batch_first=True), lengths)
+    tokens, lengths = right_pad([[USER, *row] for row in rows], device)
+    return model.prefill(model.llm.embed(tokens), lengths)
 
 
 @torch.no_grad()

@@ -2681,7 +2681,7 @@ def test_a_process_with_less_to_learn_keeps_step(monkeypatch):
     advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     calls, plain, (whole,) = updated(monkeypatch, advantages, beta=0.0)
     monkeypatch.setattr(sft, "world", lambda: 2)
-    monkeypatch.setattr(sft, "summed", lambda numbers, device: [2, 5] if len(numbers) == 2 else list(numbers))
+    monkeypatch.setattr(sft, "summed", lambda numbers, device: [*numbers[:2], 2, 5] if len(numbers) == 4 else list(numbers))
     more, row, (shared,) = updated(monkeypatch, advantages, beta=0.0)
     assert len(calls) == 2 and len(more) == 5 and row.pop("kl") is plain.pop("kl") is None
     assert row == pytest.approx({**plain, "grad_norm": 2 * plain["grad_norm"]}, rel=1e-4)
