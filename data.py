@@ -750,8 +750,8 @@ def checked(item, where, folder, look):
             die(f"{where}: {key!r} is empty or missing; fill it in or drop the line")
     if not any(map(str.isalnum, item["text"])):
         die(f"{where}: 'text' has no letter and no digit; fill it in or drop the line")
-    if os.sep in item.get("split", "") or item.get("split") in (".", ".."):
-        die(f"{where}: split {item['split']!r} is to name files; give it a name without {os.sep}")
+    if {os.sep, "@"} & set(item.get("split", "")) or item.get("split") in (".", ".."):
+        die(f"{where}: split {item['split']!r} is to name files; give it a name without {os.sep} and @")
     if item.get("offset"):
         die(f"{where}: has an offset, and files are read whole; cut the audio, or drop the line")
     path = os.path.normpath(os.path.join(folder, item["audio_filepath"]))

@@ -183,7 +183,8 @@ def careful(make, key):
 
 
 def end_with_parent(worker):
-    """Has Linux end this worker when its parent is gone, however that went: one with much to tell would wait for a listener for ever."""
+    """Has Linux end this worker when the thread that began it (here the main one) is gone, however that went: one with much to tell would
+    wait for a listener for ever."""
     with contextlib.suppress(OSError, AttributeError):  # another system
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -326,7 +327,8 @@ def print_table(name, task, refs, hyps, bases=()):
     return entry
 
 
-MAKER = zlib.crc32(inspect.getsource(data).encode())  # of the made-up corpus and its texts: other code, other utterances
+# Of the code that makes and hears utterances and writes transcripts: with other code they are made anew.
+MAKER = zlib.crc32("".join(inspect.getsource(sys.modules[name]) for name in ("data", "encoder", "model")).encode())
 
 
 def set_and_source(name, own):
@@ -335,28 +337,30 @@ def set_and_source(name, own):
     return name, {"": own, "embedded": None}.get(path, path)
 
 
-def kept_transcripts(folder, name, ears, test_size, device=None, temperature=0.0, top_p=1.0):
+def kept_transcripts(folder, name, ears, test_size, device=None, temperature=0.0, top_p=1.0, workers=1, reuse=True):
     """References and transcripts of a finished stage on a set (see set_and_source), greedy or samples: those that lie in its folder, if of
-    the same corpus and data.py; else made and left there now. ears: the corpora, and items with frames by run and set, so far; a run's
-    stages share their encoder."""
+    this checkpoint, corpus and code; else, or without `reuse`, made and left there now. ears: the corpora, and items with frames by run
+    and set, so far; a run's stages share their encoder."""
     config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
     test, source = set_and_source(name, config["data"])
     source = source and os.path.abspath(source)
     stem = test + f"-{data.name_of(source)}" * ("@" in name) + f"-T{temperature}-p{top_p}" * (temperature > 0)
     key = source, config["seed"], test_size, config["task"], config["lang"]
     corpus = ears[key] = ears.get(key) or data.open_corpus(*key)
-    if os.path.exists(file := os.path.join(folder, f"{stem}.hyps.json")):
-        found = read_json(file)
+    file, of = os.path.join(folder, f"{stem}.hyps.json"), [source, MAKER, os.stat(os.path.join(folder, "best.pt")).st_mtime_ns]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        found = json.loads(Path(file).read_text())
         same = found["refs"] == [item["target"] for item in corpus.data[test]] if source else len(found["refs"]) == test_size
-        if found["data"] == source and found.get("maker") == MAKER and same:
+        if reuse and found["of"] == of and same:
             return found["refs"], found["hyps"]
     model = load_model(folder, pick_device(device))
-    heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test)
+    heard = ears[run, test, source] = ears.get((run, test, source)) or hear_set(model, corpus, test, workers)
     if "max_new" not in config:  # of the stage read, which never wrote a transcript
         config = read_json(os.path.join(run, "speech", "config.json"))
     torch.manual_seed(0)  # of the samples, if any
-    refs, hyps = [item["target"] for item in heard], transcribe(model, heard, 1, config["max_new"], temperature=temperature, top_p=top_p)
-    write_json(file, {"data": source, "maker": MAKER, "refs": refs, "hyps": hyps})
+    hyps = transcribe(model, heard, max_new=config["max_new"], temperature=temperature, top_p=top_p)
+    refs = [item["target"] for item in heard]
+    write_json(file, {"of": of, "refs": refs, "hyps": hyps})
     return refs, hyps
 
 
@@ -481,7 +485,7 @@ def missing_commands(rows, seeds):
 
 def run_commands(commands):
     """Runs them one after the other, with a bar; the first that fails ends the program with its last words."""
-    print(f"{len(commands)} runs; on two cores about 2 minutes each, IBM's 4, and 5 more where their SFT does not exist yet")
+    print(f"{len(commands)} runs; on two cores about 2 minutes each, IBM's 4, and 5 to 8 more where their SFT does not exist yet")
     for command in tqdm(commands, desc="runs"):
         script, *flags = shlex.split(command)
         done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], capture_output=True, text=True)

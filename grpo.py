@@ -444,7 +444,8 @@ def report(args, corpus, folder):
     print("\nseconds of training: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()))
     ears = {(args.data, args.seed, args.test_size, args.task, args.lang): corpus}
     for test in corpus.tests:
-        found = {name: kept_transcripts(path, test, ears, args.test_size, args.device) for name, path in paths.items()}
+        found = {name: kept_transcripts(path, test, ears, args.test_size, args.device, workers=args.workers, reuse=False)
+                 for name, path in paths.items()}
         refs, rows = found["SFT"][0], {name: hyps for name, (_, hyps) in found.items()}
         result["sets"][test] = print_table(test, args.task, refs, rows, ("SFT", "SFT continued"))
         for i in sorted(range(len(refs)), key=lambda i: rows["SFT"][i] == rows[last][i])[:3]:  # where they differ, if so

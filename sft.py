@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import json
 import math
@@ -36,6 +37,7 @@ import os
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -298,8 +300,28 @@ def check_config(folder, config, remedy="--name"):
             data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
 
 
+def take_turns(folder):
+    """Waits until no other program trains in a folder, as when rows of a table run side by side and share SFT and control; it is this
+    program's until it goes on to another folder, or ends."""
+    while LOCK:
+        fcntl.flock(LOCK.pop(), fcntl.LOCK_UN)  # as closing it would not: workers hold it open, too
+    LOCK.append(open(os.path.join(folder, "lock"), "w"))
+    try:
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: waiting for the program that trains there", file=sys.stderr)
+        fcntl.flock(LOCK[0], fcntl.LOCK_EX)
+    for path in Path(folder).glob("*.pt.*.tmp"):  # of a program that was killed while it saved
+        path.unlink()
+
+
 def open_run(folder, config, remedy="--name"):
     """Makes the folder and its config.json, or checks them. Returns the row of metrics that last.pt holds, {"step": 0} in a new run."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # no right to write: said below; no locks on that disk: then without
+            os.makedirs(folder, exist_ok=True)
+            take_turns(folder)
+    wait()
     check_config(folder, config, remedy)
     there = os.path.exists(os.path.join(folder, "last.pt"))
     row = last_state(folder, json.loads(json.dumps(config)))["row"] if there else {"step": 0}
@@ -453,7 +475,8 @@ def cosine(step, steps, warmup):
 
 # ---------------------------------------------------------------------------------------------- data for a stage
 MADE = {}   # key -> batch of features that the stage speech wants again; with the defaults some 600 MB
-HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; some 500 MB
+HEARD = {}  # key, or "dev" -> frames of the frozen encoder, which never change: so an utterance is heard once; 0.5 GB; ast, sqa 1 GB
+LOCK = []   # the open file by which this program holds a stage's folder
 
 
 def make(corpus, ear, keys):

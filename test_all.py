@@ -21,6 +21,7 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
@@ -1404,7 +1405,11 @@ def test_a_tables_columns_against_counts_by_hand():
     expected["del"] = 20
     assert row == pytest.approx(expected)
     assert eval_module.summary("asr", ["Six,  oh", "a"], ["six oh", "b"])["em"] == 50
+    row = eval_module.summary("asr", ["one two three four", "a b", "c"], ["ONE four", "a x", "c, d e f"])
+    assert [row[k] for k in ("del", "sub", "ins")] == pytest.approx([200 / 7, 100 / 7, 300 / 7])
     assert [c.lower() in row for c in eval_module.COLUMNS["asr"]] == [True] * 7
+    short = ["a b", "c d e", "f g h i"], ["a b", "C d", "f g h i"]             # hypotheses as they are, orders of the corpus
+    assert eval_module.summary("sqa", *short)["bleu"] == pytest.approx(rewards.corpus_bleu(*short))
     # What --metric compares rows by has the same value as its column.
     refs, hyps = ["a b c d e", "b c, d e f"], ["a b d e x", "b c d z f"]
     for task, metrics in (("asr", [None, "Ins", "Del", "Sub"]), ("sqa", [None, "R-1", "R-2", "R-L", "METEOR"])):
@@ -1557,6 +1562,7 @@ BAD_LINES = {
     "bad duration": '{"audio_filepath": "0.wav", "duration": -1, "text": "one"}',
     "no word": '{"audio_filepath": "0.wav", "duration": 1, "text": "..."}',
     "a split that is a path": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "split": "../test"}',
+    "a split with another's mark": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "split": "test@home"}',
     "part of a file": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "offset": 2.5}',
     "translation into a number": '{"audio_filepath": "0.wav", "duration": 1, "text": "one", "translation": {"de": 5}}',
     "too deep": "[" * 100000,
@@ -2466,7 +2472,7 @@ def test_views_0_reaches_the_corpus(tmp_path):
     for flags, steps in (("--task ast", 8000), ("--task sqa", 8000), ("--task sqa --teacher-steps 9", 2600), ("--task asr", 2600)):
         with pytest.raises(SystemExit):
             sft.finish_arguments(args := p.parse_args([*flags.split(), "--name", "a/b"]))
-        assert args.speech_steps == steps
+        assert (args.speech_steps, args.speech_batches) == (steps, {2600: 420, 8000: 1300}[steps])
 
 
 def alone(folder, monkeypatch, *flags):
@@ -2526,6 +2532,44 @@ def test_dev_is_judged_by_samples_where_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "dev_score", lambda *a: seen.append(a[-1]) or 1.0)
     grpo.train(rl_arguments(args, dev_sampled=True), corpus)
     assert seen == [True]
+
+
+WAITING = """
+import sys, sft
+sft.take_turns(".")
+print("mine", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_programs_take_turns_in_a_folder(tmp_path):
+    """Of two programs that want to train in one folder the second waits until the first goes on to another, or is killed."""
+    (tmp_path / "other").mkdir()
+    here = os.path.dirname(os.path.abspath(__file__))
+    started = []
+
+    def start():
+        started.append(subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": here}))
+        timer = threading.Timer(60, started[-1].kill)                          # a line that never comes is then an empty one
+        timer.daemon = True
+        timer.start()
+        return started[-1].stdout.readline
+
+    try:
+        sft.take_turns(str(tmp_path))
+        second = start()
+        assert "waiting" in second()
+        sft.take_turns(str(tmp_path / "other"))
+        assert second() == "mine\n"
+        third = start()
+        assert "waiting" in third()
+        started[0].kill()
+        assert third() == "mine\n"
+    finally:
+        sft.LOCK.clear()
+        for process in started:
+            process.kill()
 
 
 @pytest.mark.parametrize("stage", ["text", "read", "speech"])
@@ -2874,8 +2918,9 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
         folder.mkdir(parents=True)
         seed = int(folder.parent.name[-1])
         (folder / "config.json").write_text(json.dumps({"data": None, "seed": seed, "task": "asr", "lang": "de", "max_new": 9}))
+        (folder / "best.pt").touch()
 
-    def hear_set(model, corpus, name):
+    def hear_set(model, corpus, name, workers):
         heard.append((corpus.where, corpus.seed, name))
         return [{"target": f"{corpus.where} {corpus.seed}"}] * corpus.size
 
@@ -2884,15 +2929,22 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
         return argparse.Namespace(where=path, seed=seed, size=size, data={"test": [item] * size})
 
     monkeypatch.setattr(data, "open_corpus", open_corpus)
-    monkeypatch.setattr(eval_module, "load_model", lambda *a: None)
+    def transcribe(model, items, max_new, temperature, top_p):
+        assert (model, max_new) == (asked[-1], 9)
+        return [f"{temperature} {top_p}"] * len(items)
+
+    monkeypatch.setattr(eval_module, "load_model", lambda path, device: path)
     monkeypatch.setattr(eval_module, "hear_set", hear_set)
-    monkeypatch.setattr(eval_module, "transcribe", lambda _, items, *a, **how: ["{temperature} {top_p}".format(**how)] * len(items))
+    monkeypatch.setattr(eval_module, "transcribe", transcribe)
+    asked = []
 
     def kept(folder, name, n=2, part=0, **how):
+        asked.append(str(folder))
         return eval_module.kept_transcripts(str(folder), name, ears, n, "cpu", **how)[part]
 
     def left(folder, name, source, refs, hyps, maker=eval_module.MAKER):
-        eval_module.write_json(f"{folder}/{name}.hyps.json", {"data": source, "maker": maker, "refs": refs, "hyps": hyps})
+        of = [source, maker, os.stat(f"{folder}/best.pt").st_mtime_ns]
+        eval_module.write_json(f"{folder}/{name}.hyps.json", {"of": of, "refs": refs, "hyps": hyps})
 
     for folder in (*folders, *folders):
         assert kept(folder, "clean") == [f"None {folder.parent.name[-1]}"] * 2
@@ -2901,10 +2953,17 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
     assert len(kept(folders[0], "clean", 5)) == 5 and len(heard) == 3
     left(folders[1], "clean", None, ["older"] * 5, ["x"] * 5, maker=0)         # of an older synthesiser or grammar
     assert kept(folders[1], "clean", 5) == ["None 3"] * 5
+    for spoil in (lambda path: os.utime(path.parent / "best.pt", ns=(1, 1)), lambda path: path.write_text("{")):  # trained anew; damaged
+        left(folders[1], "clean", None, ["None 3"] * 5, ["x"] * 5)
+        assert kept(folders[1], "clean", 5, 1) == ["x"] * 5
+        spoil(folders[1] / "clean.hyps.json")
+        assert kept(folders[1], "clean", 5, 1) == ["0.0 1.0"] * 5
+    left(folders[1], "clean", None, ["None 3"] * 5, ["x"] * 5)
+    assert kept(folders[1], "clean", 5, 1, reuse=False) == ["0.0 1.0"] * 5
     for where in ("/x/corpus", "/y/corpus", "/y/corpus"):
         assert kept(folders[0], f"test@{where}") == [f"{where} 3"] * 2
     assert heard[3:] == [("/x/corpus", 3, "test"), ("/y/corpus", 3, "test")]
-    assert {path.name for path in folders[0].iterdir()} == {"config.json", "clean.hyps.json", "test-corpus.hyps.json"}
+    assert {path.name for path in folders[0].iterdir()} == {"best.pt", "config.json", "clean.hyps.json", "test-corpus.hyps.json"}
     kept(folders[0], "clean@embedded", 5)
     sampled = dict(temperature=0.9, top_p=0.8)                                 # beside the greedy ones
     assert [kept(folders[0], "clean", 5, 1, **how)[0] for how in ({}, sampled, {}, sampled)] == ["0.0 1.0", "0.9 0.8"] * 2
@@ -3053,6 +3112,46 @@ def test_rates_warm_up_and_fall(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "look_at_dev", lambda *a: (0.0, 0.0))
     sft.run_stage("text", args, corpus)
     assert scales == pytest.approx([0.5, 1.0] + [0.5 + 0.5 * math.cos(math.pi * k / 18) for k in range(18)])
+
+
+def test_a_rate_is_a_share_of_the_peak():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt, rates = torch.optim.AdamW([p], lr=0.1), []
+    for scale in (0.5, 1.0, 0.25):
+        p.grad = torch.ones(2)
+        sft.step_all([opt], scale)
+        rates.append(opt.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.05, 0.1, 0.025])                          # and not of the rate before
+
+
+def test_the_report_is_of_its_own_three_models(tmp_path, monkeypatch):
+    """Each row from its own stage, transcribed anew; result.json has the three."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x" / "rl").mkdir(parents=True)
+    args = argparse.Namespace(algo="grpo", reward="wer", name="x", data=None, seed=0, test_size=4, task="asr", lang="de", device="cpu",
+                              workers=0)
+
+    def kept(path, test, ears, size, device, workers, reuse):
+        assert (test, size, workers, reuse) == ("clean", 4, 0, False)
+        return ["one two"] * 4, [{"speech": "one", "control": "two two", "rl": "one two"}[os.path.basename(path)]] * 4
+
+    monkeypatch.setattr(grpo, "kept_transcripts", kept)
+    grpo.report(args, argparse.Namespace(tests=["clean"]), os.path.join("runs", "x", "rl"))
+    found = eval_module.read_json("runs/x/rl/result.json")["sets"]["clean"]
+    assert {k: (row["del"], row["sub"]) for k, row in found.items()} == {"SFT": (50, 0), "SFT continued": (0, 50), "grpo (wer)": (0, 0)}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with eval_module.replacing(str(path)) as f:
+        f.write("new")
+        f.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
+    with pytest.raises(ZeroDivisionError), eval_module.replacing(str(path)) as f:
+        f.write(str(1 / 0))
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
 
 
 def test_frames_that_will_not_come_again_are_let_go(monkeypatch):
