@@ -262,9 +262,11 @@ COLUMNS = {"asr": ("WER", "Ins", "Del", "Sub", "CER", "ED", "EM"), **dict.fromke
 
 
 def counts_of(task, refs, hyps, metric=None):
-    """(n, c) numbers that add up over a corpus, of whose sums `rate` makes one of COLUMNS, None: the first. ASR, on normalised text: the
-    WER or its Sub, Del or Ins, by the reference words, the CER, by the characters, ED, the mean edits of an utterance, EM, the share of
-    the exact. Else BLEU or the mean of one of TEXT_METRICS, on normalised references and hypotheses as they are."""
+    """(n, c): for each of n utterances c numbers, from whose sums over the corpus `rate` makes one of COLUMNS[task], None: its first.
+
+    WER: (substitutions, deletions, insertions, reference words); Sub, Del, Ins: the same with the other two at 0; CER: in characters; ED:
+    as WER, with 100 for the words; EM and TEXT_METRICS: (score, 0, 0, 1); BLEU: the 10 of rewards.bleu_counts. References are
+    normalised, and for asr hypotheses, too; else these are taken as written."""
     metric, parts = metric or COLUMNS[task][0], ("Sub", "Del", "Ins")
     pairs = list(zip(map(normalize, refs), map(normalize, hyps) if task == "asr" else hyps, strict=True))
     if metric == "BLEU":
@@ -278,7 +280,8 @@ def counts_of(task, refs, hyps, metric=None):
 
 
 def rate(totals):
-    """Sums of `counts_of` over a corpus, a row a draw of it, in percent: BLEU (10 columns), else all but the last by the last."""
+    """Sums of `counts_of` over a corpus, (draws, c) -> the figure of each draw, (draws,): with 10 columns BLEU, with 4 the first three by
+    the last, both times 100: percent, but for ED, whose divisor is 100 an utterance: edits an utterance."""
     if totals.shape[1] == 4:
         return 100.0 * totals[:, :3].sum(1) / np.maximum(1, totals[:, 3])
     return np.array([100.0 * bleu_of(row, False) for row in totals.tolist()])
@@ -292,7 +295,8 @@ def summary(task, refs, hyps):
 
 
 def draws(counts, seed=0):
-    """A corpus's rate, and those of 10,000 bootstrap draws of its utterances (10000,): one seed, the same utterances."""
+    """A corpus's rate, and those (10000,) of 10,000 bootstrap draws: n of its n utterances with replacement, as how often each comes. With
+    one seed every system's k-th draw has the same utterances: that makes `change` a paired comparison."""
     rng, n = np.random.default_rng(seed), len(counts)
     drawn = [rate(rng.multinomial(n, np.full(n, 1 / n), size=1000) @ counts) for _ in range(10)]
     return rate(counts.sum(0, keepdims=True))[0], np.concatenate(drawn)
@@ -327,7 +331,8 @@ def print_table(name, task, refs, hyps, bases=()):
     return entry
 
 
-# Of the code that makes and hears utterances and writes transcripts: with other code they are made anew.
+# Of the code in data.py, encoder.py and model.py: with other code transcripts are made anew. What is in this file, such as `transcribe`,
+# is not in it: after a change of that remove the *.hyps.json.
 MAKER = zlib.crc32("".join(inspect.getsource(sys.modules[name]) for name in ("data", "encoder", "model")).encode())
 
 
@@ -338,9 +343,10 @@ def set_and_source(name, own):
 
 
 def kept_transcripts(folder, name, ears, test_size, device=None, temperature=0.0, top_p=1.0, workers=1, reuse=True):
-    """References and transcripts of a finished stage on a set (see set_and_source), greedy or samples: those that lie in its folder, if of
-    this checkpoint, corpus and code; else, or without `reuse`, made and left there now. ears: the corpora, and items with frames by run
-    and set, so far; a run's stages share their encoder."""
+    """References and transcripts of a finished stage on a set (see set_and_source), greedy, or sampled at a temperature above 0: those kept
+    in its folder, if they are of this best.pt, corpus and MAKER; else, or without `reuse`, new ones, which are kept there. ears, which
+    this fills: (corpus's path, seed, test size, task, lang) -> corpus, and (run, set, corpus's path) -> items with frames, made once since
+    a run's stages share their encoder."""
     config, run = read_json(os.path.join(folder, "config.json")), os.path.dirname(folder)
     test, source = set_and_source(name, config["data"])
     source = source and os.path.abspath(source)

@@ -25,23 +25,28 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
                   --shaping g r = pi_theta / (pi_theta + g), lest tokens that are unlikely learn next to nothing
     duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled
 
-    --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers y to the same speech x, as Reinforced Behavior Alignment
-                  has it (RBA, 2509.03526):
+    --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers to the same speech x, of which y_w is to be preferred (won)
+                  to y_l (lost), as Reinforced Behavior Alignment has it (RBA, 2509.03526); ref is the frozen SFT model:
                   loss = -log sigmoid(beta [(log pi(y_w | x) - log ref(y_w | x)) - (log pi(y_l | x) - log ref(y_l | x))])
     rba_group     one sample for each of 4 voices that say the same; y_w is the best by --reward (scored against the teacher's
                   answer), y_l the worst. The paper does not say whose x: here the worst one's voice, to be answered as the best was
     rba_single    y_w is the teacher's answer, y_l a sample
-    --ce X        in both: no reference model, but X times the cross entropy of the teacher's answer, nats a token
+    --ce X        in both: the two terms in log ref are left out, and X times the cross entropy of the teacher's answer, nats a token, is
+                  added
 
-(The mean over utterances as well, in the first and third; all counts are over the whole optimiser step. Beam hypotheses,
---rollout beam, are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. Only with
---updates above 1 can r differ from 1, and the clip act; what is logged is then the last update's.)
+(These w_it are for one utterance. Over the B utterances of an optimiser step, of all its batches and processes (with dynamic sampling
+those whose groups vary), they are 1 / (B G len_i), 1 / (tokens of all B G transcripts) and 1 / (B G L). Beam hypotheses, --rollout beam,
+are no samples of pi_old, so with them the gradient is biased; the paper uses them all the same. But for references of --off-policy
+reference, r is 1 and the clip idle in the first update of a rollout; with --updates above 1 the last update's figures are logged.)
 
-A policy gradient's logged loss is about zero by construction: with one update per rollout r is 1 and the advantages of a group sum to
-0, so what is left of it is beta k3 (and, with token or constant weights, the advantages' correlation with length). Its
-gradient is not zero. Watch the reward, not the loss.
+A policy gradient's logged loss is about zero by construction, but for --off-policy reference: with one update per rollout r is 1 and the
+advantages of a group sum to 0, so what is left of it is beta k3 (and, with token or constant weights, the advantages' correlation with
+length). Its gradient is not zero. Watch the reward, not the loss.
 
-Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript with its <EOS>.
+Letters: B utterances, G samples of each, N = B * G, T tokens of a transcript with its <EOS>, T' frames of 40 ms, D encoder channels.
+Names: frames (B, T', D), of which lengths (B,) are real; tokens (N, T), of which n (N,) are. A reference is the correct text; but
+`reference` in train and update is the frozen SFT model, and `ref` its log-probabilities. An item's `prompt` is its instruction, None for
+the paper's; a `prompt` of model.prefill is keys and values; --prompts counts utterances.
 """
 import argparse
 import functools
@@ -91,7 +96,7 @@ def group_advantages(rewards, std=True):
 
 
 def k3(ref, logp, mask):
-    """Eq. 5 (N, T), 0 off the mask, which comes before exp: padding could overflow."""
+    """Eq. 5 of log-probabilities ref and logp (N, T): (N, T), 0 where mask is false. Masked before exp, which padding could overflow."""
     gap = (ref - logp).masked_fill(~mask, 0.0)
     return gap.exp() - gap - 1
 
@@ -146,7 +151,8 @@ def rba_pairs(tokens, n, targets, target_n, scores, args):
 
 
 def token_weight(loss_norm, lengths, n_sequences, n_tokens, longest):
-    """w_it of the three losses for transcripts of `lengths` (N,): (N, 1). The counts are those of the optimiser step."""
+    """w_it of the three losses for transcripts of `lengths` (N,), with <EOS>: (N, 1). n_sequences, n_tokens: the transcripts and tokens of
+    the whole optimiser step, all utterances together, of which these N may be a part; longest: L, --max-new."""
     if loss_norm == "sequence":
         return 1 / (n_sequences * lengths[:, None].float())
     weight = 1 / n_tokens if loss_norm == "token" else 1 / (n_sequences * longest)
@@ -180,7 +186,8 @@ def overlong(lengths, longest, last):
 
 @torch.no_grad()
 def rollout(model, frames, lengths, items, reward, args):
-    """Encoder frames (B, T', D) -> N transcripts as tokens, their lengths, rewards (B, G), strings. The prompt runs once for the group."""
+    """Encoder frames (B, T', D) -> N transcripts, samples, beams or references: tokens (N, T), lengths n (N,), rewards (B, G), N strings.
+    The prompt runs once for the group. The log-probabilities are dropped: `update` computes log pi_old, with the code that trains."""
     model.eval()
     texts = [item["target"] for item in items]
     prompt = model.prefill(*model.embed_prompt(frames, lengths, [item["prompt"] for item in items]))
@@ -198,10 +205,10 @@ def rollout(model, frames, lengths, items, reward, args):
 
 
 def gather_rollouts(model, supply, args, device, log):
-    """One optimiser step's groups: a list of (frames, lengths, instructions, tokens, n, advantages, varied) per batch that was drawn.
+    """One step's groups: for each batch drawn (frames, lengths, instructions, tokens (N, T), n (N,), advantages (B, G), varied (B,)).
 
-    These are --accumulate batches of --prompts. With dynamic sampling (DAPO), more are drawn until as many groups vary, over all
-    processes, as that would be; --max-draws times as many at most. Groups that vary beyond that number are learned from, too. With
+    --accumulate batches of --prompts utterances are drawn. With dynamic sampling (DAPO) more are, up to --max-draws times as many, until
+    --accumulate times --prompts groups vary in each process on average. Groups that vary beyond that number are learned from, too. With
     RBA a group is a pair (see rba_pairs), and its advantages are 1, or 0 where nothing is to be preferred.
     """
     parts, figures = [], np.zeros(6)  # over the samples: sums of reward, length and truncation, their number; groups that vary; groups

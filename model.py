@@ -11,8 +11,9 @@ log-probabilities of a rollout are those of training, to rounding.
 
 The decoder is Llama 3's (2407.21783): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions, S response
-positions that are read, D model width, H query heads, K key-value heads, R = H / K, hd width of a head, V tokens.
+Letters: B utterances, G responses for each, N = B * G responses, P prompt positions, T new positions (in `hear` and `embed_prompt`
+frames), S response positions that are read, D model width (of frames the encoder's), M mel bins, H query heads, K key-value heads,
+R = H / K, hd width of a head, V tokens.
 """
 import contextlib
 import io
@@ -148,10 +149,12 @@ class Attention(nn.Module):
         return k.transpose(1, 2), linear(x, self.wv).unflatten(-1, (self.K, self.hd)).transpose(1, 2)
 
     def forward(self, x, rope, bias=None, shared=None, shared_bias=None, cache=None, at=None):
-        """x (N, T, D) -> (N, T, D), and this call's own keys and values. Alone: each position sees itself and what is before it.
+        """x (N, T, D) -> (N, T, D), and this call's own keys and values. Without `shared` each position sees itself and what is before it.
+        rope: cos and sin, as `rotate` wants them.
 
-        shared: responses after a prompt, its keys and values, (B, K, P, hd) each, and shared_bias (B, 1, 1, P), 0 or -inf: row n reads
-        prompt n // G. With it bias (T, S) says what of the response itself each of x's positions sees.
+        shared: x are responses after prompts, whose keys and values these are, (B, K, P, hd) each; row n reads prompt n // G.
+        shared_bias (B, 1, 1, P), bias (T, S), added to the scores, 0 or -inf: what x sees of its prompt, and of its response (S = T without
+        cache).
         cache: preallocated keys and values of responses (2, N, K, longest, hd): these are written to its positions `at` (T,), and its
         first S are read, without gradient.
         """
@@ -438,14 +441,14 @@ def beam_search(model, prompt, W=4, max_new=48, length_penalty=1.0):
     """The W best responses of each prompt, best first, by log-probability / length ** length_penalty (length counts <EOS>).
 
     A finished hypothesis stays in the beam, where it competes with what can still grow; so a beam as wide as the
-    space is exhaustive search, and W = 1 is greedy. W may exceed V, and a model may write <PAD>: lengths are counted.
-    Returns tokens (N, T) = x_1 .. <EOS> <PAD>.., T the longest, lengths (N,), scores (N,), N = B * W.
+    space is exhaustive search, and W = 1 is greedy. W may exceed V. Lengths are counted, not read off: a model may write <PAD> itself.
+    Returns tokens (N, T) = x_1 .. <EOS> <PAD>.., T the longest, lengths (N,), scores (N,), N = B * W: row b W + w is prompt b's w-th best.
     """
     B, device, V = len(prompt.length), prompt.length.device, model.llm.config.vocab
     N = B * W
     caches = prompt.caches(N, max_new)
     tokens = torch.full((N, max_new), PAD, device=device)
-    first_row = torch.arange(B, device=device)[:, None] * W
+    first_row = torch.arange(B, device=device)[:, None] * W                    # (B, 1): where each prompt's W rows begin
     logp = torch.full((N,), -math.inf, device=device)
     logp[::W] = 0  # W copies of nothing would find the same W hypotheses: begin with one
     lengths, done = torch.zeros(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)

@@ -95,8 +95,10 @@ def _edits(ref, hyp):
     columns = [(up, down)]
     for word in hyp:
         same = where.get(word, 0)
-        diagonal = (((same & up) + up) ^ up) | same | down        # bit i: no dearer than its neighbour up and left
-        more, less = (down | full & ~(diagonal | up)) << 1 | 1, (up & diagonal) << 1        # than its left neighbour, by 1
+        # `up` and `down` are still the column before. diagonal, bit i: cost[i + 1] is the column before's cost[i] (the sum's carry
+        # runs on along `up`). more (less), bit i: cost[i] is the column before's cost[i] plus (minus) 1; row 0 always has more.
+        diagonal = (((same & up) + up) ^ up) | same | down
+        more, less = (down | full & ~(diagonal | up)) << 1 | 1, (up & diagonal) << 1
         up, down = full & (less | ~(diagonal | more)), more & diagonal
         columns.append((up, down))
 
@@ -169,14 +171,14 @@ def _ngrams(text):
 
 
 def bleu_counts(ref, hyp):
-    """[reference tokens, hypothesis tokens, then for n = 1..4: n-grams matched, each no more often than in `ref`, n-grams of the
-    hypothesis]: they add up over a corpus."""
+    """[tokens of `ref`, tokens of `hyp`, m_1, t_1, m_2, t_2, m_3, t_3, m_4, t_4]: of the t_n n-grams of `hyp`, m_n are in `ref`, where an
+    n-gram counts no more often than `ref` has it. These lists add up over a corpus."""
     (ref_length, wanted), tokens = _ngrams(ref), _tokenize_13a(hyp)
     left, matched = dict(wanted), [0] * MAX_ORDER
     for i in range(len(tokens)):
         for n in range(min(MAX_ORDER, len(tokens) - i)):
             gram = tuple(tokens[i:i + n + 1])
-            if gram not in left:  # then no longer one that begins here is there either: most of a wrong hypothesis is skipped
+            if gram not in left:  # then none of the longer n-grams that begin here is in ref: most of a wrong hypothesis is skipped
                 break
             if left[gram]:        # clipped: no more often than in the reference
                 left[gram] -= 1
@@ -185,7 +187,7 @@ def bleu_counts(ref, hyp):
 
 
 def bleu_of(counts, effective_order):
-    """BLEU in [0, 1] of such counts."""
+    """BLEU in [0, 1] of bleu_counts, or of sums of them. effective_order: orders that `hyp` is too short for are left out; else it is 0."""
     ref_length, hyp_length, matched, totals = counts[0], counts[1], counts[2::2], counts[3::2]
     if not any(matched):
         return 0.0

@@ -214,7 +214,7 @@ def finish_arguments(args):
     for flag, folder, stage in (("init", args.init, "speech"), ("encoder", args.encoder, "encoder")):
         if folder and not finished(folder):
             data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as runs/embedded-0/{stage}")
-    # Transcription is learned in a minute and a half, as the first command is to take minutes; the others until dev stays.
+    # (steps, batches) of the stage speech. Embedded ast and sqa: until dev falls no more. Else fewer: the first command is to take minutes.
     steps, different = (2600, 420) if args.task == "asr" or args.data or args.teacher_steps else (8000, 1300)
     task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
     for key, default in dict(spec_augment=int(args.data is not None), read_steps=1200 if args.task == "sqa" else 600, speech_steps=steps,
@@ -380,9 +380,10 @@ def restore(state, opts, device):
 
 
 def training(label, folder, row, steps, model, opts, device, seed, looks, score, shown):
-    """The loop of every stage: yields `row`, one dictionary, before each step that is left, for the caller's loop body to be that step and
-    to fill in what metrics.jsonl is to say of it. Between steps it looks at dev, about `looks` times, by score(), and saves all that is
-    needed to go on as if nothing had happened (the data's order follows from the step). shown: {label on the bar: key in row}."""
+    """The loop of every stage, a generator: the body of the caller's `for` is one step. Yields `row`, always the same dictionary, before
+    each step that is left; row["step"] is then the number of steps done, and the body fills in what metrics.jsonl is to say of the step.
+    Between steps it looks at dev, about `looks` times, by score(), and saves all that is needed to go on as if nothing had happened (the
+    data's order follows from the step). shown: {label on the bar: key in row}."""
     first, run = row["step"], read_json(os.path.join(folder, "config.json"))
     best = restore(last_state(folder, run), opts, device) if first else math.inf
     if world() > 1:  # all began with the same weights; from here on each has its own masks, slips and samples
@@ -824,7 +825,7 @@ def run_stage(stage, args, corpus):
                 parameter.grad /= tokens / world()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         step_all(opts, cosine(row["step"], steps, warmup=max(1, steps // 10)), keep=parallel is not model)
-        row["loss"] = 0.95 * row["loss"] + 0.05 * total / tokens if "loss" in row else total / tokens
+        row["loss"] = 0.95 * row["loss"] + 0.05 * total / tokens if "loss" in row else total / tokens  # nats a token (unit), a running mean
         row["grad_norm"] = float(norm)
     use_cores(args.workers)
     if stage == "speech":
