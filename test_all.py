@@ -2991,6 +2991,7 @@ def test_intervals_are_of_95_percent_and_of_independent_seeds():
 def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     """paper_table: runs, flags and test sets are those of the corpus, Table IV's of both; and since every seed hears the same recordings,
     every seed takes the same bootstrap draws, while of the embedded corpus each has its own. Four voices of a sentence are drawn as one."""
+    monkeypatch.chdir(tmp_path)                                                # where no runs are
     (tmp_path / "corp").mkdir()
     (tmp_path / "corp" / "0.wav").touch()
     row = {"audio_filepath": "0.wav", "duration": 1.0, "text": "one", "translation": {"fr": "un"}}
