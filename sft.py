@@ -214,7 +214,7 @@ def finish_arguments(args):
     for flag, folder, stage in (("init", args.init, "speech"), ("encoder", args.encoder, "encoder")):
         if folder and not finished(folder):
             data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as runs/embedded-0/{stage}")
-    # (steps, batches) of the stage speech. Embedded ast and sqa: until dev falls no more. Else fewer: the first command is to take minutes.
+    # (steps, batches) of the stage speech: embedded ast and sqa until going on brings nothing; the first command is to take minutes.
     steps, different = (2600, 420) if args.task == "asr" or args.data or args.teacher_steps else (8000, 1300)
     task, taught = {"asr": "", "ast": ast_name(args.lang), "sqa": "sqa"}[args.task], "taught" if args.teacher_steps else ""
     for key, default in dict(spec_augment=int(args.data is not None), read_steps=1200 if args.task == "sqa" else 600, speech_steps=steps,
