@@ -1761,7 +1761,8 @@ def test_main_job_in_miniature(tmp_path):
         assert {"SFT", "SFT continued", "grpo (wer)"} == set(rows) and {"wer", "ins", "del", "sub", "interval"} <= rows["SFT"].keys()
 
     before = {s: os.path.getmtime(run / s / "last.pt") for s in sft.ORDER}
-    command(tmp_path, "grpo.py", "--reward", "em", "--algo", "dapo", "--rollout", "beam", *SMALL)  # starts at GRPO
+    out = command(tmp_path, "grpo.py", "--reward", "em", "--algo", "dapo", "--rollout", "beam", *SMALL)  # starts at GRPO
+    assert out.count("trained by an earlier call, reused") == len(sft.ORDER)
     assert before == {s: os.path.getmtime(run / s / "last.pt") for s in before}
     assert (run / "dapo-em-G4-rolloutbeam-steps3-prompts4" / "result.json").exists()
 
@@ -1769,7 +1770,8 @@ def test_main_job_in_miniature(tmp_path):
     command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0",
             code=2)  # the control there has 2 steps
     shutil.rmtree(tmp_path / "runs" / "even" / "control")
-    command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0")
+    out = command(tmp_path, "grpo.py", *SMALL, "--name", "even", "--speech-steps", "4", "--control-steps", "0", "--read-steps", "0")
+    assert out.count("trained by an earlier call, reused") == 4                # not read and control, of no steps
     out = command(tmp_path, "grpo.py", *SMALL, "--speech-steps", "8", code=2)
     assert "speech" in out and "steps 7, now 8" in out
     shutil.rmtree(run / "speech")
@@ -1857,10 +1859,10 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     out = command(tmp_path, "eval.py", *ckpt, "--data", mine)
     assert "test: 2 utterances" in out and "train: " not in out  # which it has been trained on
     init = "--init", "runs/mine-0/speech", "--name", "new", "--data", mine, *SMALL
-    for change, expected in (({"text": "six"}, f"other contents of {mine}"), ({"duration": 0.5}, f"other contents of {mine}"),
+    for edit, expected in (({"text": "six"}, f"other contents of {mine}"), ({"duration": 0.5}, f"other contents of {mine}"),
                              ({"duration": 61}, "1 of 12 utterances are left out"), ({"text": "quiz"}, "its tokenizer lacks letters of")):
         with open(f"{mine}/manifest.jsonl", "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in ({**lines[0], **change}, *lines[1:]))
+            f.writelines(json.dumps(line) + "\n" for line in ({**lines[0], **edit}, *lines[1:]))
         known = "lacks" not in expected
         out = command(tmp_path, "grpo.py", *(["--data", mine, *SMALL] if known else [*init, "--dry-run"]), code=2 if known else 0)
         assert expected in out
@@ -2930,7 +2932,7 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
 
     monkeypatch.setattr(data, "open_corpus", open_corpus)
     def transcribe(model, items, max_new, temperature, top_p):
-        assert (model, max_new) == (asked[-1], 9)
+        assert (model, max_new, torch.initial_seed()) == (asked[-1], 9, 0)     # whatever was drawn before, the same samples
         return [f"{temperature} {top_p}"] * len(items)
 
     monkeypatch.setattr(eval_module, "load_model", lambda path, device: path)
@@ -2940,6 +2942,7 @@ def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monk
 
     def kept(folder, name, n=2, part=0, **how):
         asked.append(str(folder))
+        torch.manual_seed(7)
         return eval_module.kept_transcripts(str(folder), name, ears, n, "cpu", **how)[part]
 
     def left(folder, name, source, refs, hyps, maker=eval_module.MAKER):
