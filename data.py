@@ -611,8 +611,7 @@ class Embedded:
         if name == "voices":
             rng = np.random.default_rng([self.seed, 8, i // TAKES])
             said = posed(sentence_in("test", rng, True, self.task), self.task, i // TAKES)
-            speaker = int(rng.permutation(VOICES["test"])[i % TAKES])
-            return utterance("test", 10**6 + i, self.seed, "clean", self.task, said, speaker)
+            return utterance("test", 10**6 + i, self.seed, "clean", self.task, said, self.take("test", i))
         return utterance("test", i, self.seed, name, self.task)
 
     def dialogue(self, stream, number):
@@ -625,6 +624,10 @@ class Embedded:
         place = number // TAKES if stream == "grpo" else number if stream == "dev" else STREAMS[stream] * 7919 + number
         return self.dialogues[first + place % (end - first)]
 
+    def take(self, split, i):
+        """The voice of take i, of TAKES of one text: a different one each."""
+        return int(np.random.default_rng([self.seed, 9, i // TAKES]).permutation(VOICES[split])[i % TAKES])
+
     def train_batch(self, stream, k, size):
         """Batch k of a stream: utterances that no other stream holds and that never come again in this one; dialogues do."""
         return self.group(stream, k // GROUP, size)[k % GROUP]
@@ -634,9 +637,10 @@ class Embedded:
         """GROUP batches, made together and sorted by length; but the voices of a dialogue of RL's stay together."""
         first = group * GROUP * size
         condition = "clean" if stream == "encoder" and first < CLEAN_START else self.domain if stream == "grpo" else None
-        items = [utterance("train", STREAMS[stream] * 10**7 + i, self.seed, condition, self.task, self.dialogue(stream, i))
-                 for i in range(first, first + GROUP * size)]
-        if not (self.dialogues and stream == "grpo"):
+        takes = self.dialogues and stream == "grpo"
+        items = [utterance("train", STREAMS[stream] * 10**7 + i, self.seed, condition, self.task, self.dialogue(stream, i),
+                           self.take("train", i) if takes else None) for i in range(first, first + GROUP * size)]
+        if not takes:
             items.sort(key=lambda item: len(item["audio"]))
         order = np.random.default_rng([self.seed, group]).permutation(GROUP)
         return [items[j * size:(j + 1) * size] for j in order]

@@ -472,10 +472,10 @@ def mean_change(a, b):
 
 
 def agreement(hyps):
-    """Sentence BLEU of the answers to the same words in two voices: a row of counts for each group of voices (sum over all such pairs,
-    0, 0, pairs), whose `rate` over all groups is the mean in percent; 100 if the voice changes nothing."""
+    """Sentence BLEU of the answers to the same words in two voices, 1 of equal ones: a row of counts for each group of voices (sum over
+    all such pairs, 0, 0, pairs), whose `rate` over all groups is the mean in percent; 100 if the voice changes nothing."""
     groups = [list(itertools.permutations(hyps[i:i + data.TAKES], 2)) for i in range(0, len(hyps), data.TAKES)]
-    return np.array([(sum(sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
+    return np.array([(sum(1.0 if a == b else sentence_bleu(a, b) for a, b in pairs), 0, 0, len(pairs)) for pairs in groups])
 
 
 def folder_of(row, seed):

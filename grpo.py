@@ -222,7 +222,7 @@ def gather_rollouts(model, supply, args, device, log):
         sums = [float(x.view(rewards.shape)[:, :own].sum()) for x in (rewards - punished, n, cut)]
         if args.algo in RBA:
             targets = sft.targets_of(model, [item["target"] for item in items], device)
-            same = [hyp == normalize(item["target"]) for hyp, item in zip(hyps, items)]  # in words: y_l may be other pieces of them
+            same = [normalize(hyp) == normalize(item["target"]) for hyp, item in zip(hyps, items)]  # in words, of whatever pieces
             scores = torch.tensor(same, device=device).float() if args.algo == "rba_single" else rewards[:, 0]
             tokens, n, x, varied = rba_pairs(tokens, n, *targets, scores, args)
             advantages = varied.float()[:, None].expand(n.shape)  # DPO has none: 0 where there is nothing to prefer, else 1

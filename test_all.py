@@ -1489,7 +1489,7 @@ def test_conditions_differ_as_they_say():
     assert seconds["pauses"] > 1.5 * seconds["far"]                            # and only pauses are long
     voices = [data.Embedded(0, 8).item("voices", i) for i in range(8)]
     assert len({item["text"] for item in voices[:4]}) == 1 != len({item["text"] for item in voices})
-    assert len({item["speaker"] for item in voices[:4]}) > 1
+    assert [len({item["speaker"] for item in voices[i:i + 4]}) for i in (0, 4)] == [4, 4]
     assert len(data.LEXICON) >= 100
 
 
@@ -2083,6 +2083,7 @@ def test_changes_of_means_are_paired_within_seeds():
     mean = lambda hyps: eval_module.rate(agreement(hyps).sum(0, keepdims=True))[0]
     assert mean(["a b c d"] * 4 + ["a b c d e"] * 4) == 100 and mean(["a b", "c d", "e f", "g h"]) < 20
     rows = agreement(["a b c d"] * 4 + ["a b c d", "e f g h"] * 2)
+    assert mean([""] * 4) == 100                                               # of a mute model, whose BLEU is 0
     assert rows[0, 0] == rows[0, 3] == 12 and rows[1, 0] == pytest.approx(4 + 8 * rewards.sentence_bleu("a b c d", "e f g h"))
 
 
@@ -2634,6 +2635,23 @@ def gathered_groups(monkeypatch, kept, **changes):
     return grpo.gather_rollouts(None, supply, args, torch.device("cpu"), log), log
 
 
+def test_an_answer_is_the_teacher_s_if_its_words_are(monkeypatch):
+    """RBA-Single has nothing to prefer then, whatever pieces wrote it: pieces of a space alone are decoded as spaces."""
+    scores = []
+
+    def rba_pairs(tokens, n, targets, target_n, same, args):
+        scores.extend(same.tolist())
+        return tokens[:, None], n[:, None], torch.arange(4), same == 0
+
+    monkeypatch.setattr(grpo, "rollout", lambda *_: (torch.full((4, 1), EOS), torch.ones(4, dtype=torch.long), torch.zeros(4, 1),
+                                                     ["one two", " one  two ", "one", ""]))
+    monkeypatch.setattr(grpo, "rba_pairs", rba_pairs)
+    args = argparse.Namespace(algo="rba_single", dynamic_sampling=False, accumulate=1, G=1, reward="em", max_new=1, overlong=0, off_policy=None)
+    batch = torch.zeros(4, 3, 4), torch.full((4,), 3), as_items(["One two"] * 4)
+    grpo.gather_rollouts(tiny_model(), iter([(None, batch)]), args, torch.device("cpu"), {})
+    assert scores == [1, 1, 0, 0]
+
+
 def test_dynamic_sampling_draws_until_enough_groups_vary(monkeypatch):
     """DAPO's refill: 2 groups a step here, times --accumulate and the processes, of all of them together; --max-draws batches at most."""
     drawn = lambda *kept, **changes: len(gathered_groups(monkeypatch, kept, **changes)[0])
@@ -2830,12 +2848,15 @@ def test_teach_keeps_as_many_different_dialogues_as_asked(tmp_path, monkeypatch)
 
 def test_voices_of_a_dialogue_stay_together(monkeypatch):
     """RBA's pairs are of neighbours: GRPO's batches hold each dialogue in four voices, side by side; other streams go by length."""
-    spoken = lambda split, number, seed, condition, task, said: {"text": said["text"], "audio": np.zeros(hash((number, 1)) % 9973)}
+    spoken = lambda split, number, seed, condition, task, said, voice: {
+        "text": said["text"], "audio": np.zeros(hash((number, 1)) % 9973), "speaker": voice}
     monkeypatch.setattr(data, "utterance", spoken)
+    monkeypatch.setitem(data.VOICES, "train", 5)                               # drawn independently, four would hardly ever differ
     corpus = data.Embedded(0, 3, "sqa")
     corpus.dialogues = [{"text": f"text {i}"} for i in range(1000)]
     batches = [corpus.train_batch("grpo", k, 8) for k in range(data.GROUP)]
     assert {len({item["text"] for item in batch[i:i + data.TAKES]}) for batch in batches for i in (0, 4)} == {1}
+    assert {len({item["speaker"] for item in batch[i:i + data.TAKES]}) for batch in batches for i in (0, 4)} == {4}
     later = {item["text"] for batch in batches for item in batch}
     assert len(later) == 2 * data.GROUP
     encoder = [item for k in range(9 * data.GROUP) for item in corpus.train_batch("encoder", k, 8)]
