@@ -12,6 +12,7 @@ Recorded corpora come in by `read_data(path)` and `load_audio(file)`.
 Letters in shape comments: n samples, T frames of 5 ms, K frequency bins, S segments (pieces of phones).
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+from tqdm import tqdm
 
 SAMPLE_RATE = 16000                          # Hz, everywhere in this repository
 HOP = 80                                     # samples per synthesis frame: 5 ms
@@ -187,7 +189,8 @@ TASKS = ("asr", "ast", "sqa")
 
 
 def instruct(task, lang="de", question=None):
-    """What a task's prompt says beside the speech; None for ASR, whose words are the paper's (model.INSTRUCTION)."""
+    """What a task's prompt says before the speech; None for ASR, whose words are the paper's (model.INSTRUCTION). 2509.16990 has the
+    speech first; here all tasks have the order of 2509.01939, and so speech is heard with the question in mind."""
     return {"asr": None, "ast": f"translate into {lang}", "sqa": question and f"answer the question {question}"}[task]
 
 
@@ -671,8 +674,19 @@ def die(message):
     """Print `error: message` and leave with status 2: what every script here does about bad input. Under torchrun each process says so
     itself: the first to leave ends the others, perhaps before they could speak for it."""
     rank = os.environ.get("RANK", "0")
-    print(f"{f'[rank {rank}] ' * (rank != '0')}error: {message}", file=sys.stderr)
+    tqdm.write(f"{f'[rank {rank}] ' * (rank != '0')}error: {message}", file=sys.stderr)  # not into a bar's line
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Around a script's main: a file that the system refuses is bad input, too."""
+    try:
+        yield
+    except OSError as e:
+        if not e.filename:
+            raise
+        die(f"{e.filename}: {e.strerror}; look at the path, at your rights there and at the room on that disk, and call again")
 
 
 def refuse(*rules):
@@ -701,8 +715,8 @@ def load_audio(path):
         if not os.path.exists(path):
             die(f"{path}: no such file; check the path")
         die(f"{path}: cannot be read as audio ({e}); convert it to wav or flac, or drop it from the manifest")
-    if len(x) == 0 or not np.isfinite(x).all():
-        die(f"{path}: holds {'no samples' if len(x) == 0 else 'samples that are not numbers'}; "
+    if len(x) == 0 or not (np.abs(x) < 1e6).all():
+        die(f"{path}: holds {'no samples' if len(x) == 0 else 'samples that are no sound (nan, or 1e6 and more)'}; "
             "convert it again, or take it out of the manifest")
     if len(x) / rate > LONGEST_SECONDS:      # and its manifest did not say so, or read_data would have left it out
         die(f"{path}: {len(x) / rate:.0f} s long; cut it into pieces of {LONGEST_SECONDS} s at the most, or take it out of the manifest")
@@ -723,9 +737,16 @@ def lines_of(path, parse, form):
 
 def librispeech_lines(root):
     """(FILE:LINE, item) of each line `ID TRANSCRIPT` in the *.trans.txt files of a LibriSpeech tree; the audio is ID.flac beside it.
-    A folder called train-*, dev-* or test-* (the root itself may be one) names the split."""
+    A folder called train-*, dev-* or test-* (the root itself may be one) names the split. Prints how many recordings have no line."""
+    def fail(error):                         # a folder that cannot be read: os.walk would pass over it
+        raise error
+
+    tree = os.walk(root, onerror=fail, followlinks=True) if root.is_dir() else ()
+    files = sorted(Path(folder, name) for folder, _, names in tree for name in names)
     seen = {}
-    for file in sorted(root.rglob("*.trans.txt")):
+    for file in files:
+        if not file.name.endswith(".trans.txt"):
+            continue
         folders = (root.resolve().name, *file.relative_to(root).parts)
         split = next((name for name in folders if name.startswith(("train-", "dev-", "test-"))), None)
         for where, (key, _, text) in lines_of(file, lambda line: line.partition(" "), "ID TRANSCRIPT"):
@@ -735,6 +756,9 @@ def librispeech_lines(root):
             audio = str(file.resolve().parent / f"{key}.flac")
             item = {"id": key, "audio_filepath": audio, "text": text, "speaker": key.split("-")[0]}
             yield where, {**item, "split": split} if split else item
+    silent = [file for file in files if file.suffix == ".flac" and file.stem not in seen]
+    if silent:
+        print(f"{root}: {len(silent)} recordings are left out, {silent[0]} the first: no line in a *.trans.txt has them", file=sys.stderr)
 
 
 def checked(item, where, folder, look):
@@ -774,6 +798,12 @@ def checked(item, where, folder, look):
     return {sys.intern(k): sys.intern(v) if k in ("lang", "speaker", "split") else v for k, v in item.items()}
 
 
+def manifest_of(path):
+    """The file manifest.jsonl of a folder that has one, else the path as it is."""
+    inside = Path(path, "manifest.jsonl")
+    return inside if inside.is_file() else Path(path)
+
+
 def read_data(path, deal=True):
     """Read a recorded corpus: {split: [item, ...]}, items in file order. An item is a dict with id, audio_filepath (absolute),
     duration (s), text, lang, speaker, and whatever else its manifest line held; those over LONGEST_SECONDS are left out.
@@ -781,9 +811,8 @@ def read_data(path, deal=True):
     Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
     where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
     Without a dev split, 5 % of train is set aside. deal False: for testing alone; what has no split is "test".
-    Bad input ends the program with a line saying where."""
-    root = Path(path)
-    manifest = root / "manifest.jsonl" if (root / "manifest.jsonl").is_file() else root
+    Bad input ends the program with a line saying where; so does a recording of train that is in another split, too."""
+    root, manifest = Path(path), manifest_of(path)
     if manifest.is_file() and manifest.suffix in (".jsonl", ".json"):
         lines = lines_of(manifest, json.loads, 'one {"audio_filepath": ..., "text": ...}')
     else:
@@ -809,6 +838,10 @@ def read_data(path, deal=True):
             name = "train" if x < 0.8 else "dev" if x < 0.9 else "test"
         name = "train" if name.startswith("train-") else "dev" if name.startswith("dev-") else name
         splits.setdefault("dev" if name in ("validation", "valid") else name, []).append(item)
+    trained = {item["audio_filepath"] for item in splits.get("train", ())}
+    for name, item in ((name, item) for name in splits if name != "train" for item in splits[name]):
+        if item["audio_filepath"] in trained:
+            die(f"{path}: {item['audio_filepath']} is in train and in {name}; drop one of the two lines, or give both the same \"split\"")
     if deal and "dev" not in splits and len(splits.get("train", [])) > 1:
         train = sorted(splits["train"], key=lambda i: share(i["id"]))
         chosen = {id(i) for i in train[:math.ceil(0.05 * len(train))]}
@@ -907,6 +940,7 @@ def open_corpus(path, seed, test_size=300, task="asr", lang="de", domain="hard",
     return Recorded(path, seed, task, lang, views, train) if path else Embedded(seed, test_size, task, domain)
 
 
+@plain_errors()
 def main():
     """Command line: see the top of this file."""
     parser = argparse.ArgumentParser(description="Listen to the made-up corpus, or check a recorded one.")
@@ -916,8 +950,8 @@ def main():
     parser.add_argument("--n", type=int, default=6, help="utterances of each condition (default 6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the made-up corpus (default 0)")
     args = parser.parse_args()
-    if args.n < 1 or args.seed < 0:
-        parser.error("--n must be at least 1 and --seed at least 0")
+    if args.n < 1 or args.seed < 0 or "" in (args.listen, args.check):
+        parser.error("--n must be at least 1, --seed at least 0, and a path not empty")
     if args.check:
         splits = read_data(args.check)       # first: it may end the program
         print(f"{'split':16} {'utterances':>10} {'hours':>9} {'speakers':>8}")
@@ -925,15 +959,13 @@ def main():
             hours = sum(i["duration"] for i in items) / 3600
             print(f"{name:16} {len(items):10} {hours:9.2f} {len({i['speaker'] for i in items} - {''}):8}")
         return
-    try:
-        os.makedirs(args.listen, exist_ok=True)
-    except OSError as e:
-        die(f"--listen {args.listen}: cannot be made ({e}); give the name of a folder")
+    os.makedirs(args.listen, exist_ok=True)
     for condition in ("clean", "hard", "ood"):
         for i in range(args.n):
             item = utterance("test", i, args.seed, condition)
             file = f"{item['id']}.wav"
-            sf.write(os.path.join(args.listen, file), item["audio"], SAMPLE_RATE)
+            with open(os.path.join(args.listen, file), "wb") as f:
+                sf.write(f, item["audio"], SAMPLE_RATE, format="wav")
             print(f"{file:24} {condition:6} {len(item['audio']) / SAMPLE_RATE:5.2f} s  {item['text']}")
 
 

@@ -100,11 +100,11 @@ def write_json(path, found):
 
 
 def read_log(folder, name="metrics.jsonl"):
-    """The lines of such a file in a run's folder as dictionaries, up to one that was cut off."""
+    """The lines of such a file in a run's folder as dictionaries, up to one that was cut off or is none."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, ValueError), open(os.path.join(folder, name)) as f:
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError), open(os.path.join(folder, name)) as f:
         for line in f:
-            rows.append(json.loads(line))
+            rows.append({**json.loads(line)})
     return rows
 
 
@@ -113,7 +113,7 @@ def finished(folder):
     if not os.path.exists(os.path.join(folder, "best.pt")):
         return False
     steps = read_json(os.path.join(folder, "config.json")).get("steps")  # none for --init
-    return not steps or [row["step"] for row in read_log(folder)[-1:]] == [steps]
+    return not steps or [row.get("step") for row in read_log(folder)[-1:]] == [steps]
 
 
 def load_model(path, device="cpu"):
@@ -366,7 +366,8 @@ def kept_transcripts(folder, name, ears, test_size, device=None, temperature=0.0
     torch.manual_seed(0)  # of the samples, if any
     hyps = transcribe(model, heard, max_new=config["max_new"], temperature=temperature, top_p=top_p)
     refs = [item["target"] for item in heard]
-    write_json(file, {"of": of, "refs": refs, "hyps": hyps})
+    with contextlib.suppress(OSError):  # no right to write there, or no room: made again the next time
+        write_json(file, {"of": of, "refs": refs, "hyps": hyps})
     return refs, hyps
 
 
@@ -445,7 +446,7 @@ def paper_table(name, path=None, more="", lang="de"):
     table, corpus = {"bases": ("SFT", "SFT continued"), **TABLES[name]}, data.name_of(path)
     task, first = table["task"], next(how for _, how, *_ in table["rows"] if how.startswith("-"))  # on whose way SFT's stages are made
     run = "-".join(filter(None, [corpus, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught"), "{s}"]))
-    source = f" --data {shlex.quote(path)} {more}".rstrip() + f" --lang {lang}" * (task == "ast") if path else ""
+    source = f" --data {shlex.quote(path)}" + f" --lang {lang}" * (task == "ast") if path else ""
     if path:
         table["sets"] = dict.fromkeys(data.open_corpus(path, 0, task=task, lang=lang).tests, "")
     if name == "4":  # adapts the run on the embedded corpus to this one, or to echo
@@ -457,7 +458,7 @@ def paper_table(name, path=None, more="", lang="de"):
     rows = []
     for label, how, *paper in table["rows"]:
         made = how if how.startswith("-") else first
-        flags = f"--task {task} " * (task != "asr") + made + source
+        flags = f"--task {task} " * (task != "asr") + f"{more} ".lstrip() + made + source  # of a flag given twice the row's own counts
         if more:  # else the folder were called after these, too
             flags += f" --rl-name {stage_of(made)}"
         where = (how, made) if "/" in how else (f"{run}/{stage_of(how)}", flags)
@@ -528,7 +529,8 @@ def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
 
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
-    table, seeds = paper_table(args.table, args.data, args.flags, args.lang), args.seeds.split(",")
+    table = paper_table(args.table, args.data, args.flags, args.lang)
+    seeds = list(dict.fromkeys(str(int(seed)) for seed in args.seeds.split(",")))
     rows, bases, names, labels = table["rows"], table["bases"], COLUMNS[table["task"]], [label for label, *_ in table["rows"]]
     if args.metric and args.metric not in names:
         data.die(f"--metric {args.metric}: table {args.table} has {', '.join(names)}; give one of these, or leave it out")
@@ -790,18 +792,21 @@ def examine(args):
     model = load_model(args.ckpt, device)
     task, lang = model.run.get("task", "asr"), model.run.get("lang", "de")
     seed = model.run.get("seed", 0) if args.seed is None else args.seed
-    write = functools.partial(transcribe, beam=args.beam, max_new=args.max_new or model.run.get("max_new", 64),
-                              temperature=args.temperature, top_p=args.top_p)
+    write = lambda model, items: transcribe(model, items, args.beam, args.max_new or model.run.get("max_new", 64),
+                                            temperature=args.temperature, top_p=args.top_p)
     if args.files:
-        if task == "sqa" and not args.question:
-            data.die(f"--ckpt {args.ckpt}: answers questions; ask one with --question \"how many digits are there\"")
+        if (task == "sqa") != bool(args.question):
+            data.die(f"--ckpt {args.ckpt}: " + ("answers no --question; leave it out" if args.question else
+                                                "answers questions; ask one with --question \"how many digits are there\""))
         asked = data.instruct(task, lang, args.question)
+        if model.tokenizer.unk_id() in model.tokenizer.encode(asked or ""):
+            data.die(f"--question {args.question}: has letters that this model never saw; write it as in training, such as in lower case")
         for path in args.files:
             frames, n, items = listen(model, collate([{"audio": data.load_audio(path), "prompt": asked}]), device)
             print(f"{path}\t{write(model, [{**items[0], 'frames': frames[0, :n].float()}])[0]}")
         return
 
-    known = not args.data or os.path.abspath(args.data) == model.run.get("data")  # else all of it is for testing
+    known = not args.data or data.manifest_of(args.data).resolve() in trained_on(model.run)  # else all of it is for testing
     domain = model.run.get("domain") or (model.run.get("before") or {}).get("domain", "hard")
     corpus = data.open_corpus(args.data or model.run.get("data"), seed, args.test_size, task, lang, domain, train=known)
     names = args.sets.split(",") if args.sets else corpus.tests
@@ -812,6 +817,9 @@ def examine(args):
     labels = ["/".join(os.path.normpath(path).split(os.sep)[-2:]) for path in paths]
     labels = labels if len(set(labels)) == len(paths) else paths
     models = dict(zip(labels, [*(load_model(path, device) for path in paths[:-1]), model]))
+    for label, other in models.items():
+        if (other.run.get("task", "asr"), other.run.get("lang", "de")) != (task, lang):
+            data.die(f"--against {args.against}: is of another --task or --lang; compare runs of one task")
     for name in names:
         hyps = {}
         for label, model in models.items():
@@ -828,13 +836,26 @@ def examine(args):
             print(f"  ref  {refs[i]}", *(f"\n  hyp  {h[i]}" for h in hyps.values()))
 
 
+def trained_on(run):
+    """Where the recorded corpora lie that a model of this config has been trained on, in the runs that it began with, too."""
+    earlier = trained_on(run["before"]) if run.get("before") else set()
+    return earlier | ({data.manifest_of(run["data"]).resolve()} if run.get("data") else set())
+
+
 def check_arguments(args, defaults):
-    """Ends the program where a number is out of range (or nan), or where flags do not go together."""
+    """Ends the program where a number is out of range (or nan), a path is empty, or where flags do not go together."""
+    for key in ("ckpt", "against", "data", "sets", "question"):
+        if getattr(args, key) == "":
+            data.die(f"--{key}: is empty; name something, or leave it out")
     for key, least in dict(test_size=1, beam=1, max_new=1, seed=0, temperature=0, top_p=1e-6).items():
         value, most = getattr(args, key), 1 if key == "top_p" else 2**32 - 1
         if value is not None and not least <= value <= most:
             data.die(f"--{key.replace('_', '-')} {value}: give {least} to {most}")
     unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "goes with --table alone")
+    if args.files:
+        unfit |= dict.fromkeys(["against", "data", "sets", "seed", "test_size", "show"], "is not for audio files")
+    else:
+        unfit["question"] = "goes with audio files alone"
     if args.table:
         unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "is not for --table")
     if args.table and not args.data:
@@ -855,6 +876,7 @@ def check_arguments(args, defaults):
         data.die(f"--flags {args.flags}: {e}; close its quotes")
 
 
+@data.plain_errors()
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

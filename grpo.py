@@ -20,10 +20,10 @@ transcripts that did better than their group become likelier (DeepSeekMath, 2402
     token         1 / (sum_i len_i)         DAPO (2503.14476): every token weighs the same
     constant      1 / (G L), L = --max-new  Dr. GRPO: no length bias
 
-    --off-policy  the group's last member is not a sample (mixed policy, MP-GRPO, 2509.16990, after LUFFY, 2504.14945)
-    reference     G - 1 samples and the reference, for which pi_old := 1 and nothing is clipped: r = pi_theta, or with
+    --off-policy  a member of the group may be no sample (mixed policy, MP-GRPO, 2509.16990, after LUFFY, 2504.14945)
+    reference     G - 1 samples and, last, the reference, for which pi_old := 1 and nothing is clipped: r = pi_theta, or with
                   --shaping g r = pi_theta / (pi_theta + g), lest tokens that are unlikely learn next to nothing
-    duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled
+    duplicate     where two samples are equal, one makes room for the reference, as if it had been sampled; not if it was
 
     --algo rba_*  no policy gradient but DPO (2305.18290) on pairs of answers to the same speech x, of which y_w is to be preferred (won)
                   to y_l (lost), as Reinforced Behavior Alignment has it (RBA, 2509.03526); ref is the frozen SFT model:
@@ -262,7 +262,7 @@ def parse_arguments():
     p.add_argument("--grpo-muon", type=float, default=10.0, help="as --muon, for GRPO; 0 is AdamW alone")
     p.add_argument("--rl-name", help="folder of the RL stage within the run's; default: such as grpo-wer-beta0.04, with what is changed")
     p.add_argument("--rollout", choices=["sample", "beam"], default="sample", help="where the G transcripts come from")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of scoring the samples (RBA scores at 1)")
     p.add_argument("--graph", action="store_true", help="on a GPU: sample by a CUDA graph, one launch a token")
     p.add_argument("--off-policy", choices=["reference", "duplicate"], help="the reference as a member of the group: see above")
     p.add_argument("--shaping", type=float, default=0.0, help="with --off-policy reference: LUFFY's p / (p + SHAPING), 0.1 there")
@@ -280,6 +280,7 @@ def parse_arguments():
     return args
 
 
+@data.plain_errors()
 def main():
     """Command line: see the top of this file."""
     args = parse_arguments()
@@ -288,10 +289,11 @@ def main():
     except ValueError as e:
         data.die(f"--reward {args.reward}: {e}")
     rba = args.algo in RBA
-    unfit = args.G > 1 or args.off_policy or args.updates > 1 or args.dynamic_sampling or args.overlong or args.rollout == "beam"
+    unfit = (args.G > 1 or args.off_policy or args.updates > 1 or args.overlong or args.rollout == "beam"
+             or any(getattr(args, key) != ALGOS[args.algo][key] for key in ("eps_low", "eps_high", "loss_norm", "std", "dynamic_sampling")))
     data.refuse(
         (rba and (args.prompts % data.TAKES or unfit),
-         f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, dynamic sampling, --overlong or beam"),
+         f"--algo {args.algo}: --prompts in fours, G and --updates 1, no --off-policy, --overlong, beam or other switch of GRPO's"),
         (rba and (args.data or args.init),
          f"--algo {args.algo}: its teacher's sentences are spoken by the synthesiser; leave out --data and --init"),
         (rba and not (args.beta or args.ce), f"--algo {args.algo} --beta 0: nothing is learned so; give --beta or --ce"),
@@ -300,6 +302,9 @@ def main():
         (args.G < 2 and not rba, f"-G {args.G}: a group of one has no advantage; give 2 or more"),
         (args.off_policy == "duplicate" and args.rollout == "beam",
          "--off-policy duplicate: no two beams are equal; leave out --rollout beam"),
+        (args.rollout == "beam" and args.temperature != 1,
+         f"--temperature {args.temperature}: beams are not sampled; leave out one of the two"),
+        (args.max_draws != 4 and not args.dynamic_sampling, f"--max-draws {args.max_draws}: is for --dynamic-sampling"),
         (args.shaping and args.off_policy != "reference", f"--shaping {args.shaping}: is for --off-policy reference"),
         (os.sep in args.rl_name or args.rl_name in (".", "..", "teacher", *sft.ORDER),
          f"--rl-name {args.rl_name}: the name of a folder beside {', '.join(sft.ORDER)}, without {os.sep}"))

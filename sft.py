@@ -89,11 +89,11 @@ def add_arguments(p):
     p.add_argument("--text-batch", type=int, default=64, help="sentences a step")
     p.add_argument("--read-batch", type=int, default=32, help="sentences a step")
     p.add_argument("--speech-batches", type=int,
-                   help="different batches it hears, and keeps; the first are the encoder's; default: 420, embedded ast and sqa 1300")
-    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: --steps's, or 200")
+                   help="different batches it hears, and keeps; the first are the encoder's; default: as --speech-steps, 420 or 1300")
+    p.add_argument("--control-batches", type=int, help="different batches of GRPO's audio it hears; default: as many as RL, or 200")
     for stage, steps, lr, note in (("encoder", 240, 3e-3, ""), ("text", 80, 2e-3, ""),
                                    ("read", None, 3e-3, "; 0 leaves it out; default: 600, for sqa 1200"),
-                                   ("speech", None, 3e-3, "; default: 2600, embedded ast and sqa 8000"),
+                                   ("speech", None, 3e-3, "; default: 2600, embedded ast and sqa without a teacher 8000"),
                                    ("control", 1250, 5e-4, ", SFT continued; grpo.py's default: about as long as RL's --steps take")):
         p.add_argument(f"--{stage}-steps", type=int, default=steps, help=f"optimiser steps of the stage {stage}{note}")
         p.add_argument(f"--{stage}-lr", type=float, default=lr, help=f"peak learning rate of the stage {stage}")
@@ -210,7 +210,7 @@ def full(state):
 def finish_arguments(args):
     """Fills what depends on other flags, checks them, sets the threads and forgets what was kept for another run -> the corpus."""
     join_processes(args.device)
-    args.data = os.path.abspath(args.data) if args.data else None
+    args.data = os.path.abspath(args.data) if args.data else args.data
     for flag, folder, stage in (("init", args.init, "speech"), ("encoder", args.encoder, "encoder")):
         if folder and not finished(folder):
             data.die(f"--{flag} {folder}: no finished stage; give the folder of one, such as runs/embedded-0/{stage}")
@@ -233,11 +233,13 @@ def finish_arguments(args):
         data.die(f"{args.data}: no train or no dev utterances; give items a \"split\", or more of them")
     if args.init or args.max_new is None:
         tokenizer = load_tokenizer(tokenizer_of(corpus, args))
-        targets = tokenizer.encode([normalize(item["target"]) for item in corpus.items_of("train")])
-        unknown = sum(tokenizer.unk_id() in ids for ids in targets)
-        if unknown and rank() == 0:
-            print(f"--init {args.init}: its tokenizer lacks letters of {unknown} of {len(targets)} targets, whose words it cannot write",
-                  file=sys.stderr)
+        items = corpus.items_of("train")
+        targets, prompts = (tokenizer.encode(texts) for texts in ([normalize(item["target"]) for item in items],
+                                                                  [item["prompt"] or "" for item in items]))
+        unknown = [sum(tokenizer.unk_id() in ids for ids in texts) for texts in (targets, prompts)]
+        if any(unknown) and rank() == 0:
+            print(f"--init {args.init}: its tokenizer lacks letters of {unknown[0]} of {len(items)} targets, whose words it cannot write, "
+                  f"and of {unknown[1]} prompts", file=sys.stderr)
         args.max_new = args.max_new or 2 * max(len(ids) + 1 for ids in targets)
     return corpus
 
@@ -246,6 +248,8 @@ def check_flags(args):
     """Ends the program where a number is out of range (or nan), or where flags do not go together."""
     for key, value in vars(args).items():
         least = 0 if key in MAY_BE_ZERO or isinstance(value, bool) else 1 if isinstance(value, int) else 1e-12
+        if value == "":
+            data.die(f"--{key.replace('_', '-')}: is empty; give something, or leave it out")
         if isinstance(value, (int, float)) and not least <= value < 2**32:
             data.die(f"--{key.replace('_', '-')} {value}: not from {least} to {2**32}; see --help for what it means and its default")
     on_cpu = pick_device(args.device).type == "cpu"
@@ -284,13 +288,14 @@ def save(path, state):
         with replacing(path, "wb") as f:
             torch.save(state, f)
     except (OSError, RuntimeError) as e:
-        data.die(f"{path}: cannot be written ({str(e).splitlines()[0]}); make room and call again: the checkpoint before is still there")
+        data.die(f"{path}: cannot be written ({str(e).splitlines()[0]}); make room and call again: what was saved before is as it was")
 
 
 def check_config(folder, config, remedy="--name"):
-    """Ends the program if a folder holds a run with another config. Leaves everything as it is."""
+    """Ends the program if a folder holds what a run with another config has made. Leaves everything as it is."""
     path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
+    made = [name for name in ("last.pt", "best.pt", "dialogues.jsonl") if os.path.exists(os.path.join(folder, name))]
+    if not made or not os.path.exists(path):
         return
     found, config = read_json(path), json.loads(json.dumps(config))
     for key in sorted(config.keys() | found.keys()):
@@ -326,11 +331,8 @@ def open_run(folder, config, remedy="--name"):
     there = os.path.exists(os.path.join(folder, "last.pt"))
     row = last_state(folder, json.loads(json.dumps(config)))["row"] if there else {"step": 0}
     if rank() == 0:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            write_json(os.path.join(folder, "config.json"), config)
-        except OSError as e:
-            data.die(f"{folder}: cannot be written ({e}); make room or give yourself the right to write there")
+        os.makedirs(folder, exist_ok=True)
+        write_json(os.path.join(folder, "config.json"), config)
         if 0 < row["step"] == config.get("steps"):  # its config is the same, but the code may have been changed
             print(f"{folder}: trained by an earlier call, reused; after a change of the code remove it, or give another name",
                   file=sys.stderr)
@@ -398,6 +400,9 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
     for step in bar:
         row.pop("dev", None)
         yield row
+        if not math.isfinite(row.get("grad_norm", 0.0)):
+            data.die(f"{folder}: step {step + 1} has a gradient of {row['grad_norm']}; give a lower learning rate, and another name or "
+                     "remove that folder")
         row["step"], end = step + 1, step + 1 == steps
         bar.set_postfix({**{name: f"{row[key]:.3f}" for name, key in shown.items() if row[key] is not None}, "dev": f"{best:.2f}"})
         if end or (step + 1) % max(1, steps // looks) == 0:
@@ -919,6 +924,7 @@ def usable(text):
     return 0 < len(words) <= 10 and all(word in data.LEXICON for word in words) and data.split_of(text) == "train"
 
 
+@data.plain_errors()
 def main():
     """Command line: see the top of this file."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

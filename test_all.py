@@ -1546,6 +1546,14 @@ def test_librispeech_tree(tmp_path, capsys):
     splits = data.read_data(str(tmp_path / "LibriSpeech"))
     assert sorted(splits) == ["dev", "test-clean", "train"]
     assert splits["train"][0]["text"] == "HELLO WORLD" and splits["train"][0]["speaker"] == "1"
+    assert not capsys.readouterr().err
+    tmp_path.joinpath("links").mkdir()                                         # of linked folders, and of what no line has
+    for split in ("train-clean-5", "test-clean"):
+        tmp_path.joinpath("links", split).symlink_to(tmp_path / "LibriSpeech" / split)
+    soundfile.write(folder / "3-9-0007.flac", np.zeros(16000), 16000)
+    assert sorted(data.read_data(str(tmp_path / "links"))) == ["test-clean", "train"]
+    assert "1 recordings are left out" in (err := capsys.readouterr().err) and "3-9-0007.flac the first" in err
+    (folder / "3-9-0007.flac").unlink()
     for line, says in ((b"3-9-0001 ", "'text' is empty"), (b"3-9-0001 HI", "3-9-0001.flac does not exist"),
                        (b"3-9-0000 HI", "already given"), (b"3-9-0001 \xff", "write ID TRANSCRIPT")):
         (folder / "3-9.trans.txt").write_bytes(b"3-9-0000 HELLO WORLD\n\n" + line + b"\n")
@@ -1580,10 +1588,28 @@ def test_bad_manifest_lines_end_with_one_clear_line(tmp_path, kind, capsys):
     assert stop.value.code == 2 and err.count("\n") == 1 and "manifest.jsonl:13" in err
 
 
+def test_a_recording_is_not_for_training_and_for_testing(tmp_path, capsys):
+    """Said by two lines, or dealt out so where no split is given; twice in one split it may be, as with two questions about it."""
+    folder = write_corpus(tmp_path)
+    lines = [json.loads(line) for line in open(tmp_path / "manifest.jsonl")]
+    first = {**lines[0], "split": "train"}
+    for twin, bad in (({"split": "test"}, "0.wav is in train and in test"), ({"split": "dev"}, "in train and in dev"), ({}, None)):
+        (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (first, *lines[1:], {**first, **twin})))
+        if bad is None:
+            assert len(data.read_data(folder)["train"]) > 1
+            continue
+        with pytest.raises(SystemExit) as stop:
+            data.read_data(folder)
+        assert stop.value.code == 2 and bad in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 def test_bad_audio_ends_with_one_clear_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "noise.wav").write_bytes(b"this is not audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    for name, who, says in (("noise.wav", "0", "error: "), ("empty.wav", "1", "[rank 1] error: "), ("missing.wav", "0", "error: ")):
+    soundfile.write(tmp_path / "loud.wav", np.full(9, 1e30), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "nan.wav", np.full(9, np.nan), 16000, subtype="FLOAT")
+    for name, who, says in (("noise.wav", "0", "error: "), ("empty.wav", "1", "[rank 1] error: "), ("missing.wav", "0", "error: "),
+                            ("loud.wav", "0", "error: "), ("nan.wav", "0", "error: ")):
         monkeypatch.setenv("RANK", who)
         with pytest.raises(SystemExit) as stop:
             data.load_audio(str(tmp_path / name))
@@ -1618,12 +1644,13 @@ def test_long_recordings_are_left_out_and_said(tmp_path, capfd):
 
 def test_a_long_manifest_takes_little_memory(tmp_path):
     """Less than 600 bytes an item, 1,000,000 of them 0.6 GB. The control: without the sharing of strings they take more."""
-    row = {"audio_filepath": "0.wav", "duration": 12.3, "text": "a", "speaker": "a", "split": "train", "lang": "en"}
-    (tmp_path / "0.wav").touch()                                               # never read
+    row = {"duration": 12.3, "text": "a", "speaker": "a", "split": "train", "lang": "en"}
+    for k in range(3):
+        (tmp_path / f"{k}.wav").touch()                                        # never read
     with open(tmp_path / "manifest.jsonl", "w") as f:
         for i in range(5000):
-            text = " ".join(f"word{(i + j) % 97}" for j in range(12))
-            f.write(json.dumps({**row, "text": text, "speaker": f"s{i % 100}", "split": ("train", "dev", "test")[i % 3]}) + "\n")
+            text, which = " ".join(f"word{(i + j) % 97}" for j in range(12)), {"speaker": f"s{i % 100}", "audio_filepath": f"{i % 3}.wav"}
+            f.write(json.dumps({**row, **which, "text": text, "split": ("train", "dev", "test")[i % 3]}) + "\n")
 
     def size():
         tracemalloc.start()
@@ -1790,6 +1817,8 @@ def test_main_job_in_miniature(tmp_path):
     out = command(tmp_path, "grpo.py", *SMALL, "--llm", "8b", "--dry-run", "8", "--shard", "--recompute", "--muon", "0", "--grpo-muon", "0")
     assert "7,78" in out and "memory of each process" in out and "learning" in out  # millions of parameters; nothing was made
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    german = torch.load(run / "speech" / "best.pt", weights_only=False)
+    torch.save({**german, "run": {**german["run"], "task": "ast"}}, tmp_path / "runs" / "german")
     for bad, argv in (("'2*fun' is no reward", ["grpo.py", "--reward", "wer+2*fun", *SMALL]),
                       ("'nan*wer' is no reward", ["grpo.py", "--reward", "nan*wer", *SMALL]),
                       ("--lr nan", ["grpo.py", *SMALL, "--lr", "nan"]),
@@ -1799,6 +1828,15 @@ def test_main_job_in_miniature(tmp_path):
                       ("--rl-name", ["grpo.py", *SMALL, "--rl-name", "control"]),
                       ("control_batches 2, now 3; set it back", ["grpo.py", *SMALL, "--control-batches", "3"]),
                       ("--views 0", ["grpo.py", *SMALL, "--views", "0"]),
+                      ("--data: is empty", ["grpo.py", *SMALL, "--data", ""]), ("--init: is empty", ["grpo.py", *SMALL, "--init", ""]),
+                      ("--against: is empty", ["eval.py", "--ckpt", str(run / RL), "--against", ""]),
+                      ("--against: is not for audio", ["eval.py", "--ckpt", str(run / RL), "my.wav", "--against", str(run / "speech")]),
+                      ("no --question", ["eval.py", "--ckpt", str(run / RL), "my.wav", "--question", "who is named"]),
+                      ("--question: ", ["eval.py", "--ckpt", str(run / RL), "--question", "who is named"]),
+                      ("another --task", ["eval.py", "--ckpt", str(run / RL), "--against", str(run.parent / "german")]),
+                      ("--temperature 0.5", ["grpo.py", *SMALL, "--rollout", "beam", "--temperature", "0.5"]),
+                      ("--max-draws 9", ["grpo.py", *SMALL, "--max-draws", "9"]),
+                      ("other switch", ["grpo.py", *SMALL, "-G", "1", "--algo", "rba_group", "--eps-low", "0.1"]),
                       ("--graph: ", ["grpo.py", *SMALL, "--graph", "--device", "cpu"]),
                       ("--vocab 9", ["grpo.py", *SMALL, "--name", "few", "--vocab", "9"]),
                       ("--lang fr", ["grpo.py", *SMALL, "--task", "ast", "--lang", "fr"]),
@@ -1837,6 +1875,7 @@ def test_main_job_in_miniature(tmp_path):
             ("text/last.pt", lambda path: shutil.copy(run / "read" / "last.pt", path), "other settings", ["grpo.py", *SMALL]),
             ("control/config.json", half, "cannot be read", ["grpo.py", *SMALL]),
             ("control/config.json", os.remove, "other settings", ["grpo.py", *SMALL, "--control-lr", "1e-2"]),
+            ("control/best.pt", os.remove, "No such file", ["grpo.py", *SMALL]),
             ("speech/best.pt", lambda path: shutil.copy(run / "text" / "best.pt", path), "of another run", again),
             (RL + "/config.json", half, "cannot be read", ["eval.py", "--ckpt", str(run / RL)])):
         shutil.copy(run / file, tmp_path / "whole")
@@ -1844,6 +1883,13 @@ def test_main_job_in_miniature(tmp_path):
         out = command(tmp_path, *argv, code=2)
         assert bad in out and file.split("/")[1].split(".")[0] in out and out.strip().count("error: ") == 1, out
         shutil.copy(tmp_path / "whole", run / file)
+    encoder = "--stage encoder --encoder-steps 1 --batch 4 --dev-size 4 --workers 0 --max-new 9 --name few".split()
+    command(tmp_path, "sft.py", *encoder)  # above it was refused, with --vocab 9, and had made nothing
+    assert "was made with" in command(tmp_path, "sft.py", *encoder, "--vocab", "99", code=2)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "runs").touch()  # what the system refuses, root too
+    out = command(tmp_path / "flat", "sft.py", *encoder, code=2)
+    assert "error: runs" in out and out.count("\n") == 1
     half(run / RL / "metrics.jsonl")  # lost, but no reason to stop
     command(tmp_path, "grpo.py", *SMALL)
 
@@ -1858,6 +1904,11 @@ def test_other_contents_are_another_run_and_all_of_a_foreign_corpus_is_for_testi
     assert "test: 12 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", str(foreign))
     out = command(tmp_path, "eval.py", *ckpt, "--data", mine)
     assert "test: 2 utterances" in out and "train: " not in out  # which it has been trained on
+    (tmp_path / "link").symlink_to(mine)
+    for other in (f"{mine}/manifest.jsonl", "link"):  # the same by another way; by a model that began with that one, too
+        assert "test: 2 utterances" in command(tmp_path, "eval.py", *ckpt, "--data", other)
+    began = {"data": None, "before": {"data": mine, "before": None}}
+    assert eval_module.trained_on(began) == {data.manifest_of(mine).resolve()} and not eval_module.trained_on({"data": None})
     init = "--init", "runs/mine-0/speech", "--name", "new", "--data", mine, *SMALL
     for edit, expected in (({"text": "six"}, f"other contents of {mine}"), ({"duration": 0.5}, f"other contents of {mine}"),
                              ({"duration": 61}, "1 of 12 utterances are left out"), ({"text": "quiz"}, "its tokenizer lacks letters of")):
@@ -1916,6 +1967,7 @@ def test_main_job_in_miniature_for_translation_and_question_answering(tmp_path, 
     assert "my.wav\t" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", *asked)
     if task == "sqa":
         assert "--question" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", code=2)
+        assert "never saw" in command(tmp_path, "eval.py", "--ckpt", str(run), "my.wav", "--question", "Who is named?", code=2)
 
 
 def test_dpo_against_a_case_worked_by_hand():
@@ -2430,10 +2482,11 @@ def test_an_epoch_is_heard_whole_and_in_no_order_of_length(tmp_path):
     """Through train_batch: every recording once an epoch, the last, smaller batch as well, and batches not from short to long: nor those
     of the embedded corpus. GRPO's views are harder than SFT's, and with views=0 there is nothing but the file."""
     rng = np.random.default_rng(0)
-    (tmp_path / "0.wav").touch()
+    for name in ("0.wav", "1.wav"):
+        (tmp_path / name).touch()
     with open(tmp_path / "manifest.jsonl", "w") as f:
         for i, seconds in enumerate(rng.uniform(1, 20, 206)):
-            f.write(json.dumps({"audio_filepath": "0.wav", "id": str(i), "duration": seconds, "text": "one",
+            f.write(json.dumps({"audio_filepath": f"{i // 205}.wav", "id": str(i), "duration": seconds, "text": "one",
                                 "split": "train" if i < 205 else "dev"}) + "\n")
     corpus = data.open_corpus(str(tmp_path), 0, views=0)
     epochs = [[corpus.train_batch("speech", e * 21 + k, 10) for k in range(21)] for e in (0, 1)]
@@ -2646,7 +2699,8 @@ def test_an_answer_is_the_teacher_s_if_its_words_are(monkeypatch):
     monkeypatch.setattr(grpo, "rollout", lambda *_: (torch.full((4, 1), EOS), torch.ones(4, dtype=torch.long), torch.zeros(4, 1),
                                                      ["one two", " one  two ", "one", ""]))
     monkeypatch.setattr(grpo, "rba_pairs", rba_pairs)
-    args = argparse.Namespace(algo="rba_single", dynamic_sampling=False, accumulate=1, G=1, reward="em", max_new=1, overlong=0, off_policy=None)
+    args = argparse.Namespace(algo="rba_single", dynamic_sampling=False, accumulate=1, G=1, reward="em", max_new=1, overlong=0,
+                              off_policy=None)
     batch = torch.zeros(4, 3, 4), torch.full((4,), 3), as_items(["One two"] * 4)
     grpo.gather_rollouts(tiny_model(), iter([(None, batch)]), args, torch.device("cpu"), {})
     assert scores == [1, 1, 0, 0]
@@ -2917,7 +2971,7 @@ def test_a_stage_is_finished_at_its_last_step(tmp_path):
         assert eval_module.finished(str(folder)) == done
 
 
-def test_the_log_goes_on_where_the_checkpoint_was(tmp_path):
+def test_the_log_goes_on_where_the_checkpoint_was(tmp_path, capsys):
     """A resumed loop: lines up to the checkpoint's step stay, its own too; later ones and half a line go; seconds add up."""
     path, model = tmp_path / "metrics.jsonl", tiny_model()
     (tmp_path / "config.json").write_text("{}")
@@ -2930,6 +2984,13 @@ def test_the_log_goes_on_where_the_checkpoint_was(tmp_path):
         row["loss"] = 1 / 3
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and [row["loss"] for row in rows] == [1, 1, 0.333333] and rows[2]["seconds"] > 99
+    with pytest.raises(SystemExit) as stop:                                    # nothing is looked at or saved of a model that is lost
+        for row in loop({"step": 0}, 2):
+            row["grad_norm"] = math.nan
+    assert stop.value.code == 2 and path.read_text() == "" and "step 1 has a gradient of nan" in capsys.readouterr().err
+    for line in ("5", "null", "[1]", '{"ste'):                                 # what is no row of metrics
+        path.write_text('{"step": 3}\n' + line + "\n")
+        assert eval_module.read_log(tmp_path) == [{"step": 3}]
 
 
 def test_kept_transcripts_are_of_this_run_this_data_and_this_size(tmp_path, monkeypatch):
@@ -3017,22 +3078,24 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     every seed takes the same bootstrap draws, while of the embedded corpus each has its own. Four voices of a sentence are drawn as one."""
     monkeypatch.chdir(tmp_path)                                                # where no runs are
     (tmp_path / "corp").mkdir()
-    (tmp_path / "corp" / "0.wav").touch()
-    row = {"audio_filepath": "0.wav", "duration": 1.0, "text": "one", "translation": {"fr": "un"}}
-    rows = [{**row, "split": split} for split in ("train", "dev", "test", "far")]
+    row = {"duration": 1.0, "text": "one", "translation": {"fr": "un"}}
+    rows = [{**row, "audio_filepath": f"{split}.wav", "split": split} for split in ("train", "dev", "test", "far")]
+    for row in rows:
+        (tmp_path / "corp" / row["audio_filepath"]).touch()
     (tmp_path / "corp" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "corp")
     table = {name: eval_module.paper_table(name, path, "--vocab 90", "fr") for name in ("2", "4", "ast")}
-    assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--reward wer --data {path} --vocab 90 --rl-name grpo-wer")
+    assert [row[1:3] for row in table["2"]["rows"]][2] == ("corp-{s}/grpo-wer", f"--vocab 90 --reward wer --data {path} --rl-name grpo-wer")
     assert len({row[2] for row in table["2"]["rows"]}) == 12                   # SFT's two rows are made on GRPO's way
     assert table["ast"]["rows"][0][1] == "corp-ast-fr-{s}/read"
     assert [eval_module.ast_name(lang) for lang in ("de", "fr")] == ["ast", "ast-fr"]
-    assert all(f" --data {path} --vocab 90 --lang fr --rl-name ibm-bleu" in row[2] for row in table["ast"]["rows"])
+    assert all("--vocab 90 --algo ibm --reward bleu" in row[2] and f" --data {path} --lang fr --rl-name ibm-bleu" in row[2]
+               for row in table["ast"]["rows"])
     assert not any("rl-name" in row[2] for row in eval_module.paper_table("2", path)["rows"])
     assert list(table["2"]["sets"]) == ["test", "far"]
     assert list(table["4"]["sets"]) == [f"test@{path}", f"far@{path}", "clean@embedded", "hard@embedded"]
     assert table["4"]["rows"][0][1:3] == ("embedded-{s}/speech", "--reward wer")
-    flags = f"--reward wer --init runs/embedded-{{s}}/speech --data {path} --vocab 90 --name corp-from-{{s}} --rl-name grpo-wer"
+    flags = f"--vocab 90 --reward wer --init runs/embedded-{{s}}/speech --data {path} --name corp-from-{{s}} --rl-name grpo-wer"
     assert [row[1:3] for row in table["4"]["rows"]][1:] == [("corp-from-{s}/control", flags), ("corp-from-{s}/grpo-wer", flags)]
 
     assert [data.name_of(p) for p in (None, "x/v.2/", "x/b.c.jsonl", "x/manifest.json")] == ["embedded", "v.2", "b.c", "x"]
