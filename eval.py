@@ -406,7 +406,7 @@ TABLES = {
         ("GRPO (EM)", "--reward em", "7.4/18.1/12.1", "2.7/11.1/6.3", ".4/1.8/1.7")]),
     "4": dict(task="asr", title="Table IV of 2509.01939 (2B), adapting to another domain (echo), WER", bases=("base", "SFT"),
               sets={"far": "AMI-SDM", "clean": "MLS En (old)", "hard": "VoxPopuli En (old)", "ood": ""}, rows=[
-        ("base", "embedded-{s}/speech", "87.88", "4.83", "7.92"), ("SFT", "control", "44.34", "6.91", "9.80"),
+        ("base", "base", "87.88", "4.83", "7.92"), ("SFT", "control", "44.34", "6.91", "9.80"),
         ("GRPO (WER)", "--reward wer", "31.98", "6.59", "9.10")]),
     "sqa": spoken_table("sqa", "LibriSQA I", "27.74", "40.88", "44.90"),
     "ast": spoken_table("ast", "CoVoST2 En-De", "29.06", "30.50", "31.47"),
@@ -439,29 +439,33 @@ def stage_of(how):
     return "-".join([flags.pop("algo", "grpo"), flags.pop("reward"), *(f"{k.replace('-', '_')}{v}" for k, v in flags.items())])
 
 
-def paper_table(name, path=None, more="", lang="de"):
+def paper_table(name, path=None, more="", lang="de", called=None):
     """One of TABLES, with rows (label, folder under runs/, flags of grpo.py, the paper's figures) in which {s} stands for the seed.
 
-    On recorded speech, at `path`: runs on that, with `more` flags, its test sets, and nothing of the paper's to put beside them."""
+    On recorded speech, at `path`: runs on that, its test sets, and nothing of the paper's to put beside them. more: flags of grpo.py before
+    the rows' own; called: the runs' name, without the seed, if it is not what grpo.py would call them."""
     table, corpus = {"bases": ("SFT", "SFT continued"), **TABLES[name]}, data.name_of(path)
     task, first = table["task"], next(how for _, how, *_ in table["rows"] if how.startswith("-"))  # on whose way SFT's stages are made
-    run = "-".join(filter(None, [corpus, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught"), "{s}"]))
+    names = [called] if called else [corpus, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught")]
+    run = "-".join([*filter(None, names), "{s}"])
     source = f" --data {shlex.quote(path)}" + f" --lang {lang}" * (task == "ast") if path else ""
+    # Of a flag given twice the row's own counts. With `more` the folder were called after these flags, too, without --rl-name.
+    flags = lambda made, source: (f"--task {task} " * (task != "asr") + f"{more} ".lstrip() + made + source
+                                  + f" --rl-name {stage_of(made)}" * bool(more))
+    begin = source + f" --name {run}" * bool(called)
     if path:
         table["sets"] = dict.fromkeys(data.open_corpus(path, 0, task=task, lang=lang).tests, "")
-    if name == "4":  # adapts the run on the embedded corpus to this one, or to echo
-        run = f"{corpus}-from-{{s}}" if path else "far-{s}"
-        source = f" --init runs/embedded-{{s}}/speech{source or ' --domain far'} --name {run}"
+    if name == "4":  # adapts a run on the embedded corpus to this one, or to echo
+        base, makes_base = ("embedded-{s}", first) if path else (run, flags(first, begin))
+        run = (run if called else f"{corpus}-from-{{s}}") if path else "-".join(filter(None, [called, "far-{s}"]))
+        begin = f" --init runs/{base}/speech{source or ' --domain far'} --name {run}"
         if path:
             table["title"] = table["title"].replace("(echo)", f"(from embedded to {corpus})")
             table["sets"] = dict.fromkeys([*(f"{test}@{path}" for test in table["sets"]), "clean@embedded", "hard@embedded"], "")
     rows = []
     for label, how, *paper in table["rows"]:
         made = how if how.startswith("-") else first
-        flags = f"--task {task} " * (task != "asr") + f"{more} ".lstrip() + made + source  # of a flag given twice the row's own counts
-        if more:  # else the folder were called after these, too
-            flags += f" --rl-name {stage_of(made)}"
-        where = (how, made) if "/" in how else (f"{run}/{stage_of(how)}", flags)
+        where = (f"{base}/speech", makes_base) if how == "base" else (f"{run}/{stage_of(how)}", flags(made, begin))
         rows.append((label, *where, [] if path else paper))
     return {**table, "rows": rows}
 
@@ -529,7 +533,7 @@ def print_paper_set(name, column, table, rows, bases, seeds, args, ears):
 
 def print_paper_table(args):
     """The miniature of a paper's table, from the runs that exist, and its rows' commands; what is missing is named, or run."""
-    table = paper_table(args.table, args.data, args.flags, args.lang)
+    table = paper_table(args.table, args.data, args.flags, args.lang, args.name)
     seeds = list(dict.fromkeys(str(int(seed)) for seed in args.seeds.split(",")))
     rows, bases, names, labels = table["rows"], table["bases"], COLUMNS[table["task"]], [label for label, *_ in table["rows"]]
     if args.metric and args.metric not in names:
@@ -851,15 +855,15 @@ def check_arguments(args, defaults):
         value, most = getattr(args, key), 1 if key == "top_p" else 2**32 - 1
         if value is not None and not least <= value <= most:
             data.die(f"--{key.replace('_', '-')} {value}: give {least} to {most}")
-    unfit = dict.fromkeys(["run", "metric", "flags", "lang", "seeds"], "goes with --table alone")
+    unfit = dict.fromkeys(["run", "metric", "flags", "name", "lang", "seeds"], "goes with --table alone")
     if args.files:
         unfit |= dict.fromkeys(["against", "data", "sets", "seed", "test_size", "show"], "is not for audio files")
     else:
         unfit["question"] = "goes with audio files alone"
     if args.table:
         unfit = dict.fromkeys(["ckpt", "files", "question", "sets", "max_new", "seed", "beam", "show"], "is not for --table")
-    if args.table and not args.data:
-        unfit["flags"] = "goes with --table and --data"
+    if args.table and not (args.data or args.name):
+        unfit["flags"] = "goes with --table and --data or --name"
     if args.table and not (args.data and args.table == "ast"):
         unfit["lang"] = "goes with --table ast and --data"
     for key, why in unfit.items():
@@ -883,7 +887,8 @@ def main():
     p.add_argument("files", nargs="*", help="audio files to transcribe, instead of a test set")
     p.add_argument("--table", choices=TABLES, help="print the miniature of a paper's table from the runs that exist")
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
-    p.add_argument("--flags", default="", help="with --table and --data: more flags of grpo.py's commands, in quotes")
+    p.add_argument("--flags", default="", help="with --table and --data or --name: more flags of grpo.py's commands, in quotes")
+    p.add_argument("--name", help="with --table: what its runs are called, without the seed; default: as grpo.py would")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
     p.add_argument("--bench", nargs="?", const="all", metavar="SHAPES",
                    help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (a GPU's); or DECODER,PROMPT,UTTERANCES,G,NEW")

@@ -1849,7 +1849,7 @@ def test_main_job_in_miniature(tmp_path):
                       ("--device cpu:x", ["eval.py", "--ckpt", str(run / RL), "--device", "cpu:x"]),
                       ("--sets: ", ["eval.py", "--table", "2", "--sets", "hard"]),
                       ("--beam: ", ["eval.py", "--table", "2", "--beam", "2"]),
-                      ("--flags: goes with --table and --data", ["eval.py", "--table", "2", "--flags", "--vocab 90"]),
+                      ("--flags: goes with --table and --data or --name", ["eval.py", "--table", "2", "--flags", "--vocab 90"]),
                       ("--lang: ", ["eval.py", "--table", "2", "--data", write_corpus(tmp_path / "mine"), "--lang", "fr"]),
                       ("audio files: ", ["eval.py", "--table", "2", "a.wav"]),
                       ("--seeds: ", ["eval.py", "--ckpt", str(run / RL), "--seeds", "0"]),
@@ -3092,6 +3092,12 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     assert all("--vocab 90 --algo ibm --reward bleu" in row[2] and f" --data {path} --lang fr --rl-name ibm-bleu" in row[2]
                for row in table["ast"]["rows"])
     assert not any("rl-name" in row[2] for row in eval_module.paper_table("2", path)["rows"])
+    longer = {name: eval_module.paper_table(name, None, "--speech-steps 9", called="long")["rows"] for name in ("2", "4")}
+    assert longer["2"][3][1:3] == ("long-{s}/grpo-wer-beta0.04", "--speech-steps 9 --reward wer --beta 0.04 --name long-{s} --rl-name "
+                                   "grpo-wer-beta0.04")
+    assert longer["4"][0][1:3] == ("long-{s}/speech", "--speech-steps 9 --reward wer --name long-{s} --rl-name grpo-wer")
+    assert longer["4"][2][1:3] == ("long-far-{s}/grpo-wer", "--speech-steps 9 --reward wer --init runs/long-{s}/speech --domain far "
+                                   "--name long-far-{s} --rl-name grpo-wer")
     assert list(table["2"]["sets"]) == ["test", "far"]
     assert list(table["4"]["sets"]) == [f"test@{path}", f"far@{path}", "clean@embedded", "hard@embedded"]
     assert table["4"]["rows"][0][1:3] == ("embedded-{s}/speech", "--reward wer")
@@ -3107,7 +3113,7 @@ def test_tables_of_recorded_speech(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_module, "kept_transcripts", lambda folder, of, *a: name.__setitem__(0, of) or (["one"] * 8, ["one"] * 8))
     monkeypatch.setattr(eval_module, "draws", lambda counts, seed: seen.add((name[0], len(counts), seed)) or (1.0, np.ones(3)))
     args = argparse.Namespace(seeds="0,1", flags="", lang="de", run=False, test_size=8, device="cpu", temperature=0.0, top_p=1.0,
-                              against=None, metric=None)
+                              against=None, metric=None, name=None)
     for args.table, args.data, expected in (("2", path, [("test", 8, 0), ("far", 8, 0)]),
                                             ("4", path, [(f"{x}@{path}", 8, 0) for x in ("test", "far")]
                                              + [(f"{x}@embedded", 8, s) for x in ("clean", "hard") for s in (0, 1)]),
