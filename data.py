@@ -741,10 +741,15 @@ def librispeech_lines(root):
     def fail(error):                         # a folder that cannot be read: os.walk would pass over it
         raise error
 
-    tree = os.walk(root, onerror=fail, followlinks=True) if root.is_dir() else ()
-    files = sorted(Path(folder, name) for folder, _, names in tree for name in names)
-    seen = {}
-    for file in files:
+    files, walked, seen = [], set(), {}
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True) if root.is_dir() else ():
+        if (real := os.path.realpath(folder)) in walked:  # by another link
+            below.clear()
+            continue
+        walked.add(real)
+        below.sort()
+        files += [Path(folder, name) for name in names]
+    for file in sorted(files):
         if not file.name.endswith(".trans.txt"):
             continue
         folders = (root.resolve().name, *file.relative_to(root).parts)
@@ -756,7 +761,7 @@ def librispeech_lines(root):
             audio = str(file.resolve().parent / f"{key}.flac")
             item = {"id": key, "audio_filepath": audio, "text": text, "speaker": key.split("-")[0]}
             yield where, {**item, "split": split} if split else item
-    silent = [file for file in files if file.suffix == ".flac" and file.stem not in seen]
+    silent = [file for file in sorted(files) if file.suffix == ".flac" and file.stem not in seen]
     if silent:
         print(f"{root}: {len(silent)} recordings are left out, {silent[0]} the first: no line in a *.trans.txt has them", file=sys.stderr)
 
@@ -810,8 +815,9 @@ def read_data(path, deal=True):
     path: a folder with manifest.jsonl, a .jsonl or .json file (one object a line), or a LibriSpeech tree.
     Splits come from the items' `split` or the tree's folders (train, dev, and every other name a test set);
     where there is none, 80/10/10 by a hash of the speaker, or of the id in corpora of under 20 speakers.
-    Without a dev split, 5 % of train is set aside. deal False: for testing alone; what has no split is "test".
-    Bad input ends the program with a line saying where; so does a recording of train that is in another split, too."""
+    Without a dev split, 5 % of train is set aside. All lines about one recording are dealt into one split; lines that put one into train
+    and into another split, too, end the program. deal False: for testing alone; what has no split is "test".
+    Bad input ends the program with a line saying where."""
     root, manifest = Path(path), manifest_of(path)
     if manifest.is_file() and manifest.suffix in (".jsonl", ".json"):
         lines = lines_of(manifest, json.loads, 'one {"audio_filepath": ..., "text": ...}')
@@ -830,23 +836,23 @@ def read_data(path, deal=True):
         items = [item for item in items if item["duration"] <= LONGEST_SECONDS]
     share = lambda key: zlib.crc32(key.encode(errors="replace")) / 2 ** 32          # in [0, 1), the same for ever
     by_speaker = len({i["speaker"] for i in items if i["speaker"]}) >= 20
-    splits = {}
+    splits, put = {}, {}                     # put: recording -> split
     for item in items:
         name = item.get("split", None if deal else "test")
         if name is None:
             x = share(item["speaker"] if by_speaker and item["speaker"] else item["id"])
-            name = "train" if x < 0.8 else "dev" if x < 0.9 else "test"
+            name = put.get(item["audio_filepath"], "train" if x < 0.8 else "dev" if x < 0.9 else "test")
         name = "train" if name.startswith("train-") else "dev" if name.startswith("dev-") else name
-        splits.setdefault("dev" if name in ("validation", "valid") else name, []).append(item)
-    trained = {item["audio_filepath"] for item in splits.get("train", ())}
-    for name, item in ((name, item) for name in splits if name != "train" for item in splits[name]):
-        if item["audio_filepath"] in trained:
-            die(f"{path}: {item['audio_filepath']} is in train and in {name}; drop one of the two lines, or give both the same \"split\"")
+        name = "dev" if name in ("validation", "valid") else name
+        both = {name, put.setdefault(item["audio_filepath"], name)} if deal else ()
+        if len(both) == 2 and "train" in both:
+            die(f"{path}: {item['audio_filepath']} is in {' and in '.join(sorted(both))}; drop a line, or give all the same \"split\"")
+        splits.setdefault(name, []).append(item)
     if deal and "dev" not in splits and len(splits.get("train", [])) > 1:
         train = sorted(splits["train"], key=lambda i: share(i["id"]))
-        chosen = {id(i) for i in train[:math.ceil(0.05 * len(train))]}
-        splits["dev"] = [i for i in splits["train"] if id(i) in chosen]
-        splits["train"] = [i for i in splits["train"] if id(i) not in chosen]
+        chosen = {i["audio_filepath"] for i in train[:math.ceil(0.05 * len(train))]}
+        splits["dev"] = [i for i in splits["train"] if i["audio_filepath"] in chosen]
+        splits["train"] = [i for i in splits["train"] if i["audio_filepath"] not in chosen]
     return splits
 
 

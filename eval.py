@@ -88,6 +88,9 @@ def replacing(path, mode="w"):
         with open(name, mode) as f:
             yield f
         os.replace(name, path)
+    except OSError as e:  # of a full disk says no name
+        e.filename = e.filename or path
+        raise
     finally:
         with contextlib.suppress(OSError):  # gone, where all went well
             os.remove(name)
@@ -443,11 +446,11 @@ def paper_table(name, path=None, more="", lang="de", called=None):
     """One of TABLES, with rows (label, folder under runs/, flags of grpo.py, the paper's figures) in which {s} stands for the seed.
 
     On recorded speech, at `path`: runs on that, its test sets, and nothing of the paper's to put beside them. more: flags of grpo.py before
-    the rows' own; called: the runs' name, without the seed, if it is not what grpo.py would call them."""
+    the rows' own; called: what the runs' names begin with, if not with the corpus's."""
     table, corpus = {"bases": ("SFT", "SFT continued"), **TABLES[name]}, data.name_of(path)
     task, first = table["task"], next(how for _, how, *_ in table["rows"] if how.startswith("-"))  # on whose way SFT's stages are made
-    names = [called] if called else [corpus, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught")]
-    run = "-".join([*filter(None, names), "{s}"])
+    own = called or corpus
+    run = "-".join(filter(None, [own, {"asr": "", "ast": ast_name(lang)}.get(task, task), table.get("taught"), "{s}"]))
     source = f" --data {shlex.quote(path)}" + f" --lang {lang}" * (task == "ast") if path else ""
     # Of a flag given twice the row's own counts. With `more` the folder were called after these flags, too, without --rl-name.
     flags = lambda made, source: (f"--task {task} " * (task != "asr") + f"{more} ".lstrip() + made + source
@@ -457,7 +460,7 @@ def paper_table(name, path=None, more="", lang="de", called=None):
         table["sets"] = dict.fromkeys(data.open_corpus(path, 0, task=task, lang=lang).tests, "")
     if name == "4":  # adapts a run on the embedded corpus to this one, or to echo
         base, makes_base = ("embedded-{s}", first) if path else (run, flags(first, begin))
-        run = (run if called else f"{corpus}-from-{{s}}") if path else "-".join(filter(None, [called, "far-{s}"]))
+        run = f"{own}-from-{{s}}" if path else "-".join(filter(None, [called, "far-{s}"]))
         begin = f" --init runs/{base}/speech{source or ' --domain far'} --name {run}"
         if path:
             table["title"] = table["title"].replace("(echo)", f"(from embedded to {corpus})")
@@ -547,8 +550,9 @@ def print_paper_table(args):
         run_commands(commands)
     how = f"sampled at temperature {args.temperature}, top_p {args.top_p}" if args.temperature else "greedy"
     compared = (args.metric or names[0]) + " (on voices: Agree)" * ("voices" in table["sets"])
-    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}.\nChanges are of the mean {compared}, with the 95% interval "
-          "of a paired bootstrap over utterances: what another seed of training would change is not in it")
+    runs = f" (runs {args.name}-S, however they were made; --flags are for what is missing)" if args.name else ""
+    print(f"{table['title']}; here {how}, the mean of seeds {', '.join(seeds)}{runs}.\nChanges are of the mean {compared}, with the 95% "
+          "interval of a paired bootstrap over utterances: what another seed of training would change is not in it")
     ears = {}
     for column, name in enumerate(table["sets"]):
         print_paper_set(name, column, table, rows, bases, seeds, args, ears)
@@ -803,27 +807,29 @@ def examine(args):
             data.die(f"--ckpt {args.ckpt}: " + ("answers no --question; leave it out" if args.question else
                                                 "answers questions; ask one with --question \"how many digits are there\""))
         asked = data.instruct(task, lang, args.question)
-        if model.tokenizer.unk_id() in model.tokenizer.encode(asked or ""):
-            data.die(f"--question {args.question}: has letters that this model never saw; write it as in training, such as in lower case")
+        if args.question and model.tokenizer.unk_id() in model.tokenizer.encode(asked):
+            print(f"--question {args.question}: has letters that this model never saw; ask as in training, such as in lower case",
+                  file=sys.stderr)
         for path in args.files:
             frames, n, items = listen(model, collate([{"audio": data.load_audio(path), "prompt": asked}]), device)
             print(f"{path}\t{write(model, [{**items[0], 'frames': frames[0, :n].float()}])[0]}")
         return
 
-    known = not args.data or data.manifest_of(args.data).resolve() in trained_on(model.run)  # else all of it is for testing
+    paths = [args.against, args.ckpt] if args.against else [args.ckpt]
+    labels = ["/".join(os.path.normpath(path).split(os.sep)[-2:]) for path in paths]
+    labels = labels if len(set(labels)) == len(paths) else paths
+    models = dict(zip(labels, [*(load_model(path, device) for path in paths[:-1]), model]))
+    for other in models.values():
+        if (other.run.get("task", "asr"), other.run.get("lang", "de")) != (task, lang):
+            data.die(f"--against {args.against}: is of another --task or --lang; compare runs of one task")
+    # Else all of it is for testing.
+    known = not args.data or any(data.manifest_of(args.data).resolve() in trained_on(one.run) for one in models.values())
     domain = model.run.get("domain") or (model.run.get("before") or {}).get("domain", "hard")
     corpus = data.open_corpus(args.data or model.run.get("data"), seed, args.test_size, task, lang, domain, train=known)
     names = args.sets.split(",") if args.sets else corpus.tests
     for name in names:
         if name not in corpus.sets:
             data.die(f"--sets {name}: no such set; there are {', '.join(corpus.sets)}")
-    paths = [args.against, args.ckpt] if args.against else [args.ckpt]
-    labels = ["/".join(os.path.normpath(path).split(os.sep)[-2:]) for path in paths]
-    labels = labels if len(set(labels)) == len(paths) else paths
-    models = dict(zip(labels, [*(load_model(path, device) for path in paths[:-1]), model]))
-    for label, other in models.items():
-        if (other.run.get("task", "asr"), other.run.get("lang", "de")) != (task, lang):
-            data.die(f"--against {args.against}: is of another --task or --lang; compare runs of one task")
     for name in names:
         hyps = {}
         for label, model in models.items():
@@ -842,8 +848,10 @@ def examine(args):
 
 def trained_on(run):
     """Where the recorded corpora lie that a model of this config has been trained on, in the runs that it began with, too."""
-    earlier = trained_on(run["before"]) if run.get("before") else set()
-    return earlier | ({data.manifest_of(run["data"]).resolve()} if run.get("data") else set())
+    lent = os.path.join(run.get("encoder") or "", "config.json")
+    earlier = [run.get("before"), read_json(lent) if run.get("encoder") and os.path.exists(lent) else None]
+    own = {data.manifest_of(run["data"]).resolve()} if run.get("data") else set()
+    return own.union(*map(trained_on, filter(None, earlier)))
 
 
 def check_arguments(args, defaults):
@@ -873,6 +881,7 @@ def check_arguments(args, defaults):
         (args.table == "rba" and args.data, "--table rba: what RBA's teacher invents is spoken by the synthesiser; leave out --data"),
         (args.beam > 1 and args.temperature, f"--beam {args.beam}: not with --temperature; leave one of them out"),
         (args.top_p != 1 and not args.temperature, f"--top-p {args.top_p}: is of samples; give --temperature, too"),
+        (args.name is not None and not re.fullmatch(r"[\w.+-]+", args.name), f"--name {args.name}: give letters, digits, . + _ - alone"),
         (not all(map(str.isdecimal, args.seeds.split(","))), f"--seeds {args.seeds}: give whole numbers with commas between, as 0,1,2"))
     try:
         shlex.split(args.flags)
@@ -888,7 +897,7 @@ def main():
     p.add_argument("--table", choices=TABLES, help="print the miniature of a paper's table from the runs that exist")
     p.add_argument("--run", action="store_true", help="with --table: run first what is missing")
     p.add_argument("--flags", default="", help="with --table and --data or --name: more flags of grpo.py's commands, in quotes")
-    p.add_argument("--name", help="with --table: what its runs are called, without the seed; default: as grpo.py would")
+    p.add_argument("--name", help="with --table: what its runs' names begin with; default: the corpus's name")
     p.add_argument("--lang", default="de", help="with --table ast and --data: the language to translate into")
     p.add_argument("--bench", nargs="?", const="all", metavar="SHAPES",
                    help="speed and memory: A and B, a 29M decoder; C, the default's; D, 2B (a GPU's); or DECODER,PROMPT,UTTERANCES,G,NEW")

@@ -303,6 +303,8 @@ def check_config(folder, config, remedy="--name"):
             was = {"before": "other settings of an earlier stage", "contents": f"other contents of {config.get('data')}"}.get(
                 key, f"{key} {found.get(key)}, now {config.get(key)}")
             data.die(f"{path}: was made with {was}; set it back, give another {remedy} or remove {folder}")
+    if "best.pt" not in made and found.get("steps") and [row.get("step") for row in read_log(folder)[-1:]] == [found["steps"]]:
+        data.die(f"{folder}: its best.pt is gone; put it back, or remove {folder} to train it again")
 
 
 def take_turns(folder):
@@ -393,7 +395,7 @@ def training(label, folder, row, steps, model, opts, device, seed, looks, score,
     path = os.path.join(folder, "metrics.jsonl") if rank() == 0 else os.devnull
     if rank() == 0:  # lines after the checkpoint's step will come again
         with replacing(path) as f:
-            f.writelines(json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= first)
+            f.writelines(json.dumps(line) + "\n" for line in read_log(folder) if line.get("step", math.inf) <= first)
     log = open(path, "a", buffering=1)
     bar = tqdm(range(first, steps), desc=f"{label:8}", initial=first, total=steps, disable=rank() > 0)
     started, saved = time.time() - row.get("seconds", 0.0), time.time()
