@@ -1686,10 +1686,12 @@ def test_batches_by_length_are_hardly_padded(tmp_path):
     """At least 85% useful frames, of recorded speech of 1 to 20 s, each utterance once an epoch, and of the embedded corpus. The controls
     are the same utterances as they come."""
     rng = np.random.default_rng(0)
-    (tmp_path / "0.wav").touch()
+    for name in ("0.wav", "1.wav"):
+        (tmp_path / name).touch()
     with open(tmp_path / "manifest.jsonl", "w") as f:
-        for seconds in rng.uniform(1, 20, 3000):
-            f.write(json.dumps({"audio_filepath": "0.wav", "duration": seconds, "text": "one", "split": "train"}) + "\n")
+        for i, seconds in enumerate(rng.uniform(1, 20, 3001)):
+            f.write(json.dumps({"audio_filepath": f"{i // 3000}.wav", "duration": seconds, "text": "one",
+                                "split": "dev" if i == 3000 else "train"}) + "\n")
     corpus = data.open_corpus(str(tmp_path), 0)
     lengths = [int(16000 * item["duration"]) for item in corpus.data["train"]]
     for size in (12, 24):
